@@ -1,0 +1,25 @@
+"""ALiBi slopes (Press, Smith and Lewis, "Train Short, Test Long", ICLR 2022) for any number of heads."""
+
+import numpy as np
+
+
+def alibi_slopes(heads):
+    """Slopes for ``heads`` *global* heads; the bias is ``-slope * |p - j|``.
+
+    A power of two ``n`` gives the geometric sequence ``2**(-8 * (k + 1) / n)``. Otherwise the slopes of the largest
+    power of two below are followed by every second slope of twice as many heads, as the authors do.
+
+    Returns:
+        float32 array of shape (heads,). Slice it along the heads to shard it.
+    """
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError("For 'alibi_slopes', 'heads' must be an int >= 1, but got {}.".format(heads))
+    power = 1 << (heads.bit_length() - 1)
+    slopes = _geometric(power)
+    if power != heads:
+        slopes = np.concatenate([slopes, _geometric(2 * power)[0::2][: heads - power]])
+    return slopes.astype(np.float32)
+
+
+def _geometric(n):
+    return 2.0 ** (-8.0 * np.arange(1, n + 1) / n)

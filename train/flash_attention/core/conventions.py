@@ -1,0 +1,67 @@
+"""The conventions of every public attention call, as data: docs tables and a test are generated from here.
+
+Common to all of them: query ``i`` has position ``p = i + offset``; every restriction (mask, causal, windows, segments,
+lengths) is ANDed; a row that sees no key gives output 0, LSE -inf and gradient 0; query head ``h`` uses key/value head
+``h // group``; LSE is float32, natural logarithm.
+"""
+
+from dataclasses import dataclass
+
+DISCARD = "non-zero = discard"
+KEEP = "keep where True or > 0"
+BOTTOM_RIGHT = "bottom-right (offset = Sk - Sq)"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One public call.
+
+    Attributes:
+        path: where it is imported from.
+        layout: axes of query, key, value and output; the first is the default.
+        mask_argument, polarity: the name of its mask and what an entry means.
+        mask_shapes: accepted shapes.
+        alignment: where the diagonal lies when the lengths differ, and how to move it.
+    """
+
+    path: str
+    layout: str
+    mask_argument: str
+    polarity: str
+    mask_shapes: str
+    alignment: str
+
+
+_CELL_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), compact (T,T) or (1,T,T)"
+_FUNCTION_MASKS = "broadcastable to (B,N,Sq,Sk), compact (T,T)"
+
+CALLS = (
+    Call("flash_attention.nn.FlashAttention", "BNSD", "attention_mask", DISCARD, _CELL_MASKS, BOTTOM_RIGHT),
+    Call("flash_attention.jax.FlashAttention", "BNSD", "attention_mask", DISCARD, _CELL_MASKS, BOTTOM_RIGHT),
+    Call(
+        "flash_attention.ops.flash_attention",
+        "BSND, BNSD",
+        "mask",
+        KEEP,
+        _FUNCTION_MASKS,
+        BOTTOM_RIGHT + ", q_offset= overrides",
+    ),
+    Call(
+        "flash_attention.jax.flash_attention",
+        "BSND, BNSD",
+        "mask",
+        KEEP,
+        _FUNCTION_MASKS,
+        BOTTOM_RIGHT + ", q_offset= overrides",
+    ),
+)
+
+
+def table():
+    """The calls as the lines of a Markdown table."""
+    head = ("call", "layout", "mask argument", "polarity", "mask shapes", "alignment")
+    rows = [head, ("---",) * len(head)]
+    for call in CALLS:
+        shapes = call.mask_shapes.replace("|", "\\|")
+        rows.append(("`{}`".format(call.path), call.layout, call.mask_argument, call.polarity, shapes, call.alignment))
+    return ["| {} |".format(" | ".join(row)) for row in rows]

@@ -1,0 +1,94 @@
+"""Engines and how one is chosen. Each framework has one :class:`EngineTable`; an engine joins it with one line."""
+
+from dataclasses import dataclass
+from typing import Callable
+
+from flash_attention.core.errors import invalid_value
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to compute attention.
+
+    Attributes:
+        name: the name users give to ``engine=`` / ``implementation=``.
+        run: ``run(spec, query, key, value, operands) -> (out, lse)`` on BNSD tensors.
+        supports: ``supports(spec) -> Reason or None``. It never raises: an exception in it is a bug.
+        order: ``auto`` takes the first supported engine in ascending order; None = only when asked for by name.
+        note: where it was proven, printed by ``info`` ("simulated, not run on device").
+    """
+
+    name: str
+    run: Callable
+    supports: Callable
+    order: int = 0
+    note: str = ""
+
+
+class EngineTable:
+    """The engines of one front end.
+
+    Args:
+        argument: how the front end calls the choice: 'engine' or 'implementation'.
+        auto: names that mean "choose for me".
+    """
+
+    def __init__(self, argument, auto=(None, "auto")):
+        self.argument = argument
+        self.auto = auto
+        self._engines = {}
+
+    def add(self, engine):
+        """Register ``engine``; a second one of the same name is an error."""
+        if engine.name in self._engines:
+            raise ValueError("engine '{}' is registered already".format(engine.name))
+        self._engines[engine.name] = engine
+        return engine
+
+    def names(self):
+        """Registered names in order of preference, those outside ``auto`` last."""
+        return [engine.name for engine in self]
+
+    def __iter__(self):
+        def preference(engine):
+            return (engine.order is None, engine.order or 0)
+
+        return iter(sorted(self._engines.values(), key=preference))
+
+    def __getitem__(self, name):
+        return self._engines[name]
+
+    def check_name(self, requested, layer="flash_attention", argument=None):
+        """Raise ValueError when ``requested`` is neither an automatic choice nor a registered engine."""
+        if requested not in self.auto and requested not in self._engines:
+            names = ", ".join(repr(name) for name in ["auto"] + self.names())
+            raise invalid_value(layer, argument or self.argument, "one of {}".format(names), repr(requested))
+
+    def explain(self, spec):
+        """``[(engine, reason)]`` in order of preference; ``reason`` is None where the engine can serve ``spec``."""
+        return [(engine, engine.supports(spec)) for engine in self]
+
+    def choose(self, spec, requested=None, layer="flash_attention"):
+        """The engine for ``spec``.
+
+        Raises:
+            UnsupportedError: the requested engine refuses, with its reason; or every automatic one does.
+            ValueError: unknown name.
+        """
+        self.check_name(requested, layer)
+        if requested not in self.auto:
+            engine = self._engines[requested]
+            reason = engine.supports(spec)
+            if reason is not None:
+                raise reason.error(layer, engine.name)
+            return engine
+        refused = []
+        for engine in self:
+            if engine.order is None:
+                continue
+            reason = engine.supports(spec)
+            if reason is None:
+                return engine
+            refused.append((engine, reason))
+        engine, reason = refused[-1]  # the most portable engine's reason says what no engine can do
+        raise reason.error(layer, engine.name)

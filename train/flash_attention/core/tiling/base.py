@@ -1,0 +1,31 @@
+"""What a tiling strategy is: a name, the block size of its windows, and a rule from a spec to a tile."""
+
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+
+class Tile(NamedTuple):
+    """A compute tile: ``q`` query rows by ``kv`` keys."""
+
+    q: int
+    kv: int
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One tiling strategy.
+
+    Attributes:
+        name: value of ``tiling_stgy_name``.
+        block_size: default unit of ``prev_block_num``, ``next_block_num`` and the compact mask, in tokens.
+        tiles: ``tiles(spec, preferred) -> Tile``; ``preferred`` is the tile the engine finds fastest for this spec.
+    """
+
+    name: str
+    block_size: int
+    tiles: Callable
+
+
+def fit(tile, spec):
+    """Shrink a tile to the sequence: a tile never exceeds the lengths rounded up to 16 (the device's fractal)."""
+    return Tile(min(tile.q, -(-spec.q_len // 16) * 16), min(tile.kv, -(-spec.kv_len // 16) * 16))

@@ -1,0 +1,11 @@
+"""'sparse': 128 x 128 tiles with ragged tails, the unit of block-sparse windows."""
+
+from flash_attention.core.tiling.base import Strategy, Tile, fit
+
+
+def _tiles(spec, preferred):
+    del preferred
+    return fit(Tile(128, 128), spec)
+
+
+SPARSE = Strategy("sparse", block_size=128, tiles=_tiles)
