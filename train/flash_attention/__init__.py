@@ -10,9 +10,9 @@ import importlib
 
 from ._version import __version__
 
-__all__ = ["__version__", "core", "nn", "ops", "jax", "ascend", "integrations", "tools"]
+__all__ = ["__version__"]
 
-_SUBPACKAGES = frozenset(__all__) - {"__version__"}
+_SUBPACKAGES = frozenset(["core", "nn", "ops", "jax", "tools"])
 
 
 def __getattr__(name):

@@ -73,6 +73,7 @@ class CellConfig:
             block_size=self.block_size,
             dropout_rate=self.dropout_rate if training else 0.0,
             layout="BNSD",
+            tiling=self.tiling_stgy_name,
         )
 
     def check_query(self, shape):

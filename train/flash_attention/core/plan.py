@@ -89,7 +89,7 @@ class TilePlan:
         lines = ["".join(self._symbol(i, j) for j in columns) for i in rows]
         legend = "# full   + partial   . skipped"
         if len(rows) < self.q_tiles or len(columns) < self.kv_tiles:
-            legend += "   (every {}th row, {}th column of tiles shown)".format(
+            legend += "   (1 of {} rows and 1 of {} columns of tiles shown)".format(
                 -(-self.q_tiles // _GRID), -(-self.kv_tiles // _GRID)
             )
         return "\n".join([head] + lines + [legend])

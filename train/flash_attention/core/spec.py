@@ -34,6 +34,7 @@ class AttentionSpec:
         segments, q_lengths, kv_lengths, sinks: whether that operand is present.
         soft_cap: None or the cap: scores become ``cap * tanh(score / cap)`` before bias and ALiBi.
         dropout_rate: probability of dropping, in [0, 1).
+        tiling: name of the tiling strategy, for engines whose tiles it decides; never changes a result.
     """
 
     batch: int
@@ -61,6 +62,7 @@ class AttentionSpec:
     soft_cap: Optional[float] = None
     sinks: bool = False
     dropout_rate: float = 0.0
+    tiling: str = "auto"
 
     def __post_init__(self):
         if self.scale is None:

@@ -39,6 +39,7 @@ class Options:
     logits_soft_cap: Optional[float] = None
     q_offset: Optional[int] = None
     layout: str = "BSND"
+    tiling: str = "auto"
 
 
 def is_int(value):
@@ -184,9 +185,7 @@ def _check_mask(layer, mask, full, block_size):
 
 def _check_bias(layer, bias, full):
     if bias.dtype not in FLOATS:
-        raise invalid_type(
-            layer, "bias", "a float tensor", bias.dtype, "A boolean or integer mask belongs to mask=."
-        )
+        raise invalid_type(layer, "bias", "a float tensor", bias.dtype, "A boolean or integer mask belongs to mask=.")
     padded = (1,) * (4 - len(bias.shape)) + tuple(bias.shape)
     if not _broadcasts(padded, full):
         raise invalid_value(
@@ -230,8 +229,8 @@ def make_spec(layer, query, key, value, operands, options):
     prev = check_int(layer, "prev_block_num", options.prev_block_num, 0)
     following = check_int(layer, "next_block_num", options.next_block_num, 0)
     block_size = check_int(layer, "block_size", options.block_size, 1)
-    mask_shape, compact = (None, False) if operands.mask is None else _check_mask(
-        layer, operands.mask, full, block_size
+    mask_shape, compact = (
+        (None, False) if operands.mask is None else _check_mask(layer, operands.mask, full, block_size)
     )
     rate = check_rate(layer, "dropout_rate", options.dropout_rate)
     if rate and operands.dropout_seed is None:
@@ -275,4 +274,5 @@ def make_spec(layer, query, key, value, operands, options):
         soft_cap=check_positive(layer, "logits_soft_cap", options.logits_soft_cap),
         sinks=operands.sinks is not None,
         dropout_rate=rate,
+        tiling=options.tiling,
     )

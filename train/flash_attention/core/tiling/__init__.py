@@ -4,8 +4,8 @@ A strategy is one file beside this one and one line here. Tiles never change a r
 """
 
 from flash_attention.core.errors import invalid_value
-from flash_attention.core.tiling.base import Strategy, Tile
 from flash_attention.core.tiling.auto import AUTO
+from flash_attention.core.tiling.base import Strategy, Tile
 from flash_attention.core.tiling.sparse import SPARSE
 from flash_attention.core.tiling.wukong import WUKONG
 
