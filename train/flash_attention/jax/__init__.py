@@ -1,0 +1,18 @@
+"""The JAX twin: the same attention on TPU, GPU and CPU, and the numerical reference. Needs Python 3.10 and JAX.
+
+``flash_attention`` is the functional call (BSND), ``FlashAttention`` the twin of the MindSpore Cell (BNSD).
+"""
+
+import sys
+
+if sys.version_info < (3, 10):
+    raise ImportError(
+        "flash_attention.jax needs Python >= 3.10 (JAX 0.6 does), but this is Python {}.{}. "
+        "The MindSpore half of the package works here.".format(*sys.version_info[:2])
+    )
+
+from flash_attention.jax.engines import ENGINES  # noqa: E402
+from flash_attention.jax.functional import flash_attention  # noqa: E402
+from flash_attention.jax.layer import FlashAttention  # noqa: E402
+
+__all__ = ["ENGINES", "FlashAttention", "flash_attention"]

@@ -1,0 +1,24 @@
+"""The judge as an engine: the plain formula of ``core.reference`` under jax.numpy, differentiated by JAX itself."""
+
+import jax.numpy as jnp
+
+from flash_attention.core import reference
+from flash_attention.core.engine import Engine
+
+
+def run(spec, query, key, value, operands):
+    """Dense attention in float32 (float64 for float64 inputs), O(Sq * Sk) memory.
+
+    Args and returns as every engine: BNSD tensors in, ``(out in the query's dtype, lse (B, N, Sq))`` out.
+    """
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    out, lse = reference.attention(jnp, spec, *(x.astype(wide) for x in (query, key, value)), operands)
+    return out.astype(query.dtype), lse.astype(wide)
+
+
+def supports(spec):
+    """Anything."""
+    del spec
+
+
+ENGINE = Engine("reference", run, supports, order=None, note="plain formula, the judge; never chosen by itself")

@@ -1,0 +1,156 @@
+"""The `xla` engine: blockwise attention in plain JAX that visits only planned tiles, for CPU, GPU and TPU.
+
+front end -> **run** -> flatten to rows -> xla_forward / xla_backward -> xla_tiles. This file holds what surrounds the
+loops: the shapes, the custom derivative, and the rule for ``vmap``.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from flash_attention.core import dropout
+from flash_attention.core.engine import Engine
+from flash_attention.core.errors import Reason
+from flash_attention.core.spec import Operands
+from flash_attention.jax.engines import xla_tiles as tiles
+from flash_attention.jax.engines.xla_backward import backward
+from flash_attention.jax.engines.xla_forward import forward
+
+
+def run(spec, query, key, value, operands=Operands()):
+    """FlashAttention-2 in JAX.
+
+    Args:
+        spec: :class:`~flash_attention.core.spec.AttentionSpec`.
+        query: (B, N, Sq, D); key, value: (B, Nkv, Sk, D); float16, bfloat16 or float32.
+        operands: :class:`~flash_attention.core.spec.Operands` of arrays or None.
+
+    Returns:
+        ``(out (B, N, Sq, D) in the query's dtype, lse (B, N, Sq) float32)``. Both are differentiable (reverse mode) in
+        query, key, value, bias, slopes and sinks. Extra memory: O(S) a head.
+    """
+    return _attention(spec, query, key, value, operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(spec, query, key, value, operands):
+    return forward_pass(spec, query, key, value, operands)
+
+
+def _attention_fwd(spec, query, key, value, operands):
+    out, lse = forward_pass(spec, query, key, value, operands)
+    return (out, lse), (query, key, value, operands, out, lse)
+
+
+def _attention_bwd(spec, saved, cotangents):
+    query, key, value, operands, _, _ = saved
+    d_query, d_key, d_value, d_bias, d_slopes, d_sinks = backward_pass(spec, saved, cotangents)
+    # None is a zero: masks, lengths and other integers have no gradient.
+    return d_query, d_key, d_value, Operands(bias=d_bias, slopes=d_slopes, sinks=d_sinks)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _per_example(function):
+    """``function(spec, *arrays)`` compiled once a spec; ``vmap`` runs the examples one after the other.
+
+    On a CPU a mapped tile would become a batch of small dots, at half their speed, and a mapped loop bound would make
+    every example visit the tiles of all.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.wraps(function)
+    def call(spec, *arrays):
+        return jax.custom_batching.sequential_vmap(functools.partial(function, spec))(*arrays)
+
+    return call
+
+
+def _flatten(spec, geo, query, key, value, operands):
+    """The call's tensors as :class:`xla_tiles.Inputs`."""
+    batch, kv_shape = query.shape[0], (-1, spec.kv_len, spec.head_dim)
+    mask, row_keys = operands.mask, None
+    if mask is not None:
+        mask = mask if mask.dtype == jnp.bool_ else mask > 0
+        mask = tiles.repeat_compact(spec, geo, mask) if spec.compact_mask else mask
+    if spec.dropout_rate:
+        b, h, i = jnp.ogrid[:batch, : spec.heads, : spec.q_len]
+        row_keys = dropout.row_key(jnp, operands.dropout_seed, b, h, i)
+
+    def per_batch(x):
+        return None if x is None else jnp.asarray(x, jnp.int32)
+
+    return tiles.Inputs(
+        query=query.reshape(-1, geo.rows, spec.head_dim),
+        key=key.reshape(kv_shape),
+        value=value.reshape(kv_shape),
+        offset=per_batch(operands.q_offset).reshape(-1) if spec.dynamic_offset else None,
+        bias=operands.bias,
+        mask=mask,
+        slopes=None if operands.slopes is None else operands.slopes.astype(jnp.float32).reshape(-1, spec.heads),
+        q_segments=per_batch(operands.q_segment_ids),
+        kv_segments=per_batch(operands.kv_segment_ids),
+        q_lengths=per_batch(operands.q_lengths),
+        kv_lengths=per_batch(operands.kv_lengths),
+        row_keys=row_keys,
+    )
+
+
+def _geometry(spec, batch):
+    return tiles.geometry(batch, spec.heads, spec.kv_heads, spec.q_len, spec.kv_len, spec.head_dim)
+
+
+@_per_example
+def forward_pass(spec, query, key, value, operands):
+    geo = _geometry(spec, query.shape[0])
+    inputs = _flatten(spec, geo, query, key, value, operands)
+    sinks = None
+    if spec.sinks:
+        sinks = operands.sinks.astype(jnp.float32).reshape(1, -1, 1)
+        sinks = jnp.broadcast_to(sinks, query.shape[:3]).reshape(-1, geo.rows)
+    out, lse = forward(spec, geo, inputs, sinks)
+    return out.reshape(query.shape), lse.reshape(query.shape[:3])
+
+
+@_per_example
+def backward_pass(spec, saved, cotangents):
+    query, key, value, operands, out, lse = saved
+    d_out, d_lse = cotangents
+    geo = _geometry(spec, query.shape[0])
+    inputs = _flatten(spec, geo, query, key, value, operands)
+    dead = lse == -jnp.inf
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(dead, 0.0, d_lse)
+    flat = (-1, geo.rows)
+    d_query, d_key, d_value, d_slopes, d_bias = backward(
+        spec,
+        geo,
+        inputs,
+        d_out.reshape(inputs.query.shape),
+        jnp.where(dead, jnp.inf, lse).reshape(flat),
+        delta.reshape(flat),
+    )
+    if d_slopes is not None:
+        d_slopes = d_slopes.reshape(query.shape[:3]).sum(-1)
+        d_slopes = d_slopes if operands.slopes.ndim == 2 else d_slopes.sum(0)
+        d_slopes = d_slopes.astype(operands.slopes.dtype)
+    d_sinks = None
+    if spec.sinks:
+        # The sink's share of the softmax acts like one more key whose value is 0.
+        share = jnp.where(dead, 0.0, jnp.exp(operands.sinks.astype(jnp.float32)[None, :, None] - lse))
+        d_sinks = -(share * delta).sum((0, 2)).astype(operands.sinks.dtype)
+    d_bias = None if d_bias is None else d_bias.astype(operands.bias.dtype)
+    d_query, d_key, d_value = [d.reshape(x.shape) for d, x in ((d_query, query), (d_key, key), (d_value, value))]
+    return d_query, d_key, d_value, d_bias, d_slopes, d_sinks
+
+
+def supports(spec):
+    """Every spec but float64: statistics and sums are float32 here."""
+    if spec.dtype == "float64":
+        need = "float16, bfloat16 or float32"
+        return Reason("dtype", spec.dtype, need, "Use implementation='reference' for float64.")
+    return None
+
+
+ENGINE = Engine("xla", run, supports, order=0, note="blockwise; measured on CPU, same code on GPU and TPU")
