@@ -1,0 +1,74 @@
+"""``core.dropout`` in MindSpore operators: the keep factors of one row, from the same hash on global indices.
+
+CPU kernels exist for uint32 multiply, xor, shift and compare; constants and column keys come from ``core.dropout``.
+"""
+
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
+from mindspore.ops import operations as P
+
+from flash_attention.core import dropout
+from flash_attention.ops.portable.scores import cast, ones_like, reshape, take_columns, take_rows
+
+_xor = P.BitwiseXor()
+_shift = P.RightShift()
+
+
+def _u32(value):
+    return Tensor(np.full((1, 1, 1, 1), value, np.uint32))
+
+
+class Mix(nn.Cell):
+    """``core.dropout``'s avalanche of one uint32; shifts take the shape of their operand."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.s15, self.s16 = _u32(15), _u32(16)
+        self.m1, self.m2 = _u32(dropout._M1), _u32(dropout._M2)
+
+    def construct(self, x):
+        x = _xor(x, _shift(x, self.s16)) * self.m1
+        x = _xor(x, _shift(x, self.s15)) * self.m2
+        return _xor(x, _shift(x, self.s16))
+
+
+class RowKeys(nn.Cell):
+    """(query, seed) -> uint32 row keys (B, N, Sq, 1) of every query."""
+
+    def __init__(self, spec):
+        super().__init__(auto_prefix=False)
+        self.mix = Mix()
+        self.golden, self.one = _u32(dropout._GOLDEN), _u32(1)
+        self.h = Tensor(np.arange(spec.heads, dtype=np.uint32).reshape(1, -1, 1, 1))
+        self.i = Tensor(np.arange(spec.q_len, dtype=np.uint32).reshape(1, 1, -1, 1))
+
+    def construct(self, query, seed):
+        # The batch may be known only at run time: its indices are a running count of ones.
+        ones = ones_like(cast(take_columns(take_rows(query, 0, 1), 0, 1), mstype.float32))[:, :1]
+        b = cast(P.CumSum()(ones, 0) - 1.0, mstype.uint32)
+        state = self.mix(reshape(cast(seed, mstype.uint32), (1, 1, 1, 1)))
+        for index in (b, self.h, self.i):
+            state = self.mix(_xor(state, (index + self.one) * self.golden))
+        return state
+
+
+class RowKeep(nn.Cell):
+    """One row's keep factors: 1 / (1 - rate) where kept, else 0; fp32, grouped (B, Nkv, group * rows, keys)."""
+
+    def __init__(self, spec, row):
+        super().__init__(auto_prefix=False)
+        j = np.arange(row.key, row.key + row.keys)
+        self.column = Tensor(dropout.col_key(np, j).reshape(1, 1, 1, -1))
+        self.s15 = _u32(15)
+        self.m1, self.m2 = _u32(dropout._M1), _u32(dropout._M2)
+        self.threshold = _u32(dropout.threshold(spec.dropout_rate))
+        self.factor = 1.0 / (1.0 - spec.dropout_rate)
+        self.first, self.rows = row.first, row.rows
+        self.shape = (-1, spec.kv_heads, spec.group * row.rows, row.keys)
+
+    def construct(self, row_keys):
+        x = _xor(take_rows(row_keys, self.first, self.rows), self.column) * self.m1
+        x = _xor(x, _shift(x, self.s15)) * self.m2
+        kept = cast(P.GreaterEqual()(x, self.threshold), mstype.float32) * self.factor
+        return reshape(kept, self.shape)
