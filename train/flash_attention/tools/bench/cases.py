@@ -1,0 +1,158 @@
+"""What is measured: :class:`Case` (one attention call by numbers) and its inputs. numpy only."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Optional, Tuple
+
+import numpy as np
+
+from flash_attention.core.alibi import alibi_slopes
+from flash_attention.core.ranges import visible
+from flash_attention.core.spec import NO_LIMIT, AttentionSpec
+
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+SEED = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call, self-attention unless ``kv_len`` says otherwise.
+
+    Attributes:
+        batch, heads, q_len, head_dim: sizes of the query.
+        kv_heads, kv_len: None = as the query's.
+        window: (left, right) tokens; blocks: (prev, next) blocks of 128.
+        segments: number of equal segments, 0 = none.
+        compact: the compact (128, 128) lower-triangular keep mask.
+        alibi, soft_cap, dropout: as in the functional call.
+    """
+
+    batch: int
+    heads: int
+    q_len: int
+    head_dim: int
+    dtype: str = "float32"
+    causal: bool = False
+    kv_heads: Optional[int] = None
+    kv_len: Optional[int] = None
+    window: Optional[Tuple[int, int]] = None
+    blocks: Optional[Tuple[int, int]] = None
+    alibi: bool = False
+    soft_cap: Optional[float] = None
+    segments: int = 0
+    dropout: float = 0.0
+    compact: bool = False
+
+    @classmethod
+    def from_json(cls, fields):
+        """The case that ``asdict`` turned into JSON."""
+        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+
+    def to_json(self):
+        """Plain fields."""
+        return asdict(self)
+
+    def label(self):
+        """Short text: sizes, then whatever differs from a plain call."""
+        sizes = "({},{},{},{})".format(self.batch, self.heads, self.q_len, self.head_dim)
+        words = [SHORT[self.dtype]]
+        words += ["kv {}x{}".format(self.spec().kv_heads, self.spec().kv_len)] if self.kv_heads or self.kv_len else []
+        words += [name for name in ("causal", "alibi", "compact") if getattr(self, name)]
+        words += ["{} {}".format(name, x) for name, x in asdict(self).items() if x and name in _VALUED]
+        return " ".join([sizes] + words)
+
+    def spec(self):
+        """The :class:`AttentionSpec` of this call."""
+        kv_heads = self.kv_heads or self.heads
+        prev, following = self.blocks or (NO_LIMIT, NO_LIMIT)
+        return AttentionSpec(
+            batch=self.batch,
+            heads=self.heads,
+            kv_heads=kv_heads,
+            q_len=self.q_len,
+            kv_len=self.kv_len or self.q_len,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            causal=self.causal,
+            prev_block_num=prev,
+            next_block_num=following,
+            local_window_size=self.window,
+            mask_shape=(128, 128) if self.compact else None,
+            compact_mask=self.compact,
+            alibi_shape=(self.heads,) if self.alibi else None,
+            segments=bool(self.segments),
+            soft_cap=self.soft_cap,
+            dropout_rate=self.dropout,
+        )
+
+    def options(self):
+        """Keywords of the functional call that are plain values, the same in both frameworks."""
+        prev, following = self.blocks or (NO_LIMIT, NO_LIMIT)
+        return {
+            "is_causal": self.causal,
+            "local_window_size": self.window,
+            "prev_block_num": prev,
+            "next_block_num": following,
+            "logits_soft_cap": self.soft_cap,
+            "dropout_rate": self.dropout,
+        }
+
+    def operands(self):
+        """Keywords of the functional call that are tensors, as numpy arrays."""
+        found = {}
+        if self.alibi:
+            found["alibi_slopes"] = alibi_slopes(self.heads)
+        if self.segments:
+            ids = np.arange(self.q_len, dtype=np.int32) * self.segments // self.q_len
+            found["q_segment_ids"] = found["kv_segment_ids"] = np.broadcast_to(ids, (self.batch, self.q_len)).copy()
+        if self.compact:
+            found["mask"] = np.tri(128, dtype=bool)
+        return found
+
+    def plain(self):
+        """True where only sizes, dtype, causality and windows are set: what every other library can be asked for."""
+        return not (self.alibi or self.soft_cap or self.segments or self.dropout or self.compact)
+
+    def dense_mask(self):
+        """Boolean (Sq, Sk) of the band: what a library without windows must be given."""
+        spec = self.spec()
+        return visible(spec.band, np.arange(spec.q_len)[:, None] + spec.offset, np.arange(spec.kv_len)[None, :])
+
+    def arrays(self):
+        """``query, key, value, d_out`` as float32 numpy in BNSD, exactly representable in the case's dtype."""
+        spec, rng = self.spec(), np.random.default_rng(SEED)
+        q_shape = (spec.batch, spec.heads, spec.q_len, spec.head_dim)
+        kv_shape = (spec.batch, spec.kv_heads, spec.kv_len, spec.head_dim)
+        names = (("query", q_shape), ("key", kv_shape), ("value", kv_shape), ("d_out", q_shape))
+        return {name: round_to(rng.standard_normal(shape, dtype=np.float32), self.dtype) for name, shape in names}
+
+    def input_bytes(self):
+        """Bytes of query, key and value."""
+        spec = self.spec()
+        elements = spec.heads * spec.q_len + 2 * spec.kv_heads * spec.kv_len
+        return spec.batch * elements * spec.head_dim * BYTES[self.dtype]
+
+    def forward_flops(self):
+        """Multiply-adds times two of the two products, visible pairs of the band only."""
+        spec = self.spec()
+        p = np.arange(spec.q_len, dtype=np.int64) + spec.offset
+        pairs = np.maximum(spec.band.last_key(p) - spec.band.first_key(p) + 1, 0).sum()
+        return 4.0 * spec.batch * spec.heads * spec.head_dim * float(np.broadcast_to(pairs, ()))
+
+    def shrunk(self, length=256):
+        """A small version of the same call, for --quick, warm-ups and tests."""
+        kv_len = None if self.kv_len is None else min(self.kv_len, length)
+        return replace(self, batch=1, q_len=min(self.q_len, length), kv_len=kv_len)
+
+
+_VALUED = ("window", "blocks", "soft_cap", "segments", "dropout")
+
+
+def round_to(x, dtype):
+    """float32 values rounded to ``dtype`` (nearest even), still stored as float32."""
+    if dtype == "float16":
+        return x.astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = x.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return x

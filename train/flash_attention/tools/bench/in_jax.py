@@ -1,0 +1,155 @@
+"""JAX candidates: our implementations by name, jax.nn.dot_product_attention and the plain formula. Layout BSND."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flash_attention.jax import ENGINES, flash_attention
+from flash_attention.tools.bench.cases import SEED
+
+CANDIDATES = ("auto", "jax.nn", "naive")
+
+
+def build(case, direction, candidate, arrays):
+    """``(call, results)``: ``call()`` runs once to completion, ``results()`` gives numpy (out, d_query or None).
+
+    Args:
+        candidate: 'auto' or an engine of ``flash_attention.jax.ENGINES``, 'jax.nn', or 'naive'.
+    """
+    inputs = [jnp.asarray(_bsnd(arrays[name])).astype(case.dtype) for name in ("query", "key", "value", "d_out")]
+    run = jax.jit(_function(case, direction, candidate))
+    last = {}
+
+    def call():
+        last.clear()  # the results of the call before would count as memory of this one
+        last["results"] = jax.block_until_ready(run(*inputs))
+
+    def results():
+        out, grads = last["results"]
+        return _bnsd(out), None if grads is None else _bnsd(grads[0])
+
+    return call, results
+
+
+def compile_seconds(case, direction, candidate):
+    """Seconds to trace, lower and compile; no array of the case's size exists, so any length can be asked."""
+    spec = case.spec()
+    q = jax.ShapeDtypeStruct((spec.batch, spec.q_len, spec.heads, spec.head_dim), case.dtype)
+    kv = jax.ShapeDtypeStruct((spec.batch, spec.kv_len, spec.kv_heads, spec.head_dim), case.dtype)
+    begin = time.perf_counter()
+    jax.jit(_function(case, direction, candidate)).lower(q, kv, kv, q).compile()
+    return time.perf_counter() - begin
+
+
+def _bsnd(x):
+    return np.ascontiguousarray(np.swapaxes(x, 1, 2))
+
+
+def _bnsd(x):
+    return np.swapaxes(np.asarray(x.astype(jnp.float32)), 1, 2)
+
+
+def _function(case, direction, candidate):
+    attend = _attention(case, candidate)
+
+    def forward(query, key, value, d_out):
+        del d_out
+        return attend(query, key, value), None
+
+    def both(query, key, value, d_out):
+        out, pullback = jax.vjp(attend, query, key, value)
+        return out, pullback(d_out)
+
+    return both if direction == "fwd+bwd" else forward
+
+
+def _attention(case, candidate):
+    if candidate == "jax.nn":
+        return _jax_nn(case)
+    if candidate == "naive":
+        return functools.partial(_naive, case)
+    options = dict(case.options(), **{name: jnp.asarray(x) for name, x in case.operands().items()})
+    if case.dropout:
+        options["dropout_seed"] = SEED
+    ENGINES.check_name(None if candidate == "auto" else candidate)
+    return functools.partial(flash_attention, implementation=None if candidate == "auto" else candidate, **options)
+
+
+def _jax_nn(case):
+    """jax.nn's function with what it can express; block windows and bottom-right causality only through a mask."""
+    spec = case.spec()
+    if not (case.plain() or case.alibi):
+        raise ValueError("jax.nn.dot_product_attention has no such option")
+    options = {}
+    if case.causal and spec.offset == 0:
+        options["is_causal"] = True
+    elif case.causal:
+        options["mask"] = _band_mask(case)
+    if case.window and _window_works():
+        options["local_window_size"] = case.window
+    elif case.window or case.blocks:
+        options["mask"] = _band_mask(case)
+
+    def attend(query, key, value):
+        built = dict(options, **({"mask": options["mask"]()} if "mask" in options else {}))
+        if case.alibi:
+            built["bias"] = _alibi_bias(case).astype(query.dtype)
+        return jax.nn.dot_product_attention(query, key, value, **built)
+
+    return attend
+
+
+@functools.lru_cache(maxsize=None)
+def _window_works():
+    """False on jax 0.6, which ignores local_window_size when it is the only restriction."""
+    x = jnp.eye(4)[None, :, None, :]
+    out = jax.nn.dot_product_attention(x, x, x, local_window_size=(0, 0))
+    return bool(jnp.allclose(out, x))
+
+
+def _band_mask(case):
+    """Builds (1, 1, Sq, Sk) inside the jitted program, as a careful user would."""
+    from flash_attention.core.ranges import visible
+
+    spec = case.spec()
+    return lambda: visible(
+        spec.band, jnp.arange(spec.q_len)[:, None] + spec.offset, jnp.arange(spec.kv_len)[None, :]
+    )[None, None]
+
+
+def _alibi_bias(case):
+    spec = case.spec()
+    distance = jnp.abs(jnp.arange(spec.q_len)[:, None] + spec.offset - jnp.arange(spec.kv_len)[None, :])
+    return -jnp.asarray(case.operands()["alibi_slopes"])[None, :, None, None] * distance
+
+
+def _naive(case, query, key, value):
+    """The four lines of a tutorial, softmax in float32."""
+    spec = case.spec()
+    if not case.plain():
+        raise ValueError("the naive formula here has no such option")
+    key, value = (jnp.repeat(x, spec.group, axis=2) for x in (key, value))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * spec.scale
+    if case.causal or case.window or case.blocks:
+        scores = jnp.where(_band_mask(case)(), scores, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(value.dtype), value)
+
+
+def limits(seconds):
+    """What XLA reaches here: matmul GFLOP/s by dtype, fused exp in Gelem/s, memory read in GB/s."""
+    found = {}
+    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
+    for name in ("float32", "bfloat16"):
+        a = jnp.ones((1024, 1024), name)
+        once = functools.partial(lambda a: product(a).block_until_ready(), a)
+        found["matmul_{}_gflops".format(name)] = 2 * 1024**3 / seconds(once) / 1e9
+    x = jnp.linspace(0.0, 1.0, 2**19).reshape(512, 1024)
+    softmax_sum = jax.jit(lambda x: jnp.sum(jnp.exp(x - jnp.max(x, -1, keepdims=True)), -1))
+    memory = jnp.ones((4096, 2**14))  # 256 MB: beyond every cache
+    row_sums = jax.jit(lambda x: jnp.sum(x, -1))
+    found["read_gbytes"] = memory.nbytes / seconds(lambda: row_sums(memory).block_until_ready()) / 1e9
+    found["exp_gelem"] = x.size / seconds(lambda: softmax_sum(x).block_until_ready()) / 1e9
+    return found

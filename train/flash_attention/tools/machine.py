@@ -1,0 +1,98 @@
+"""What computer this is: CPU class, versions, devices. Read by `info`, `check` and `bench`."""
+
+import glob
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+
+PACKAGES = ("numpy", "mindspore", "jax", "jaxlib", "torch")
+
+
+def _cpuinfo():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            return stream.read()
+    except OSError:
+        return ""
+
+
+def cpu_class(cpuinfo=None):
+    """'A' (AVX-512 with BF16 instructions), 'B' (AVX2) or 'other'; speed ratios differ between them.
+
+    Args:
+        cpuinfo: text in the format of /proc/cpuinfo; None reads that file.
+    """
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo() if cpuinfo is None else cpuinfo, re.M)
+    flags = set(line.group(1).split()) if line else set()
+    if "avx512_bf16" in flags:
+        return "A"
+    return "B" if "avx2" in flags else "other"
+
+
+def cpu_name():
+    """The processor's name, and the number of cores this process may use."""
+    line = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.M)
+    return "{}, {} cores".format(line.group(1).strip() if line else platform.machine(), cores())
+
+
+def cores():
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def package_version(name):
+    """Installed version of a distribution without importing it; None when it is not installed."""
+    try:
+        from importlib import metadata
+    except ImportError:  # Python 3.7
+        import pkg_resources
+
+        try:
+            return pkg_resources.get_distribution(name).version
+        except pkg_resources.DistributionNotFound:
+            return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def installed(name):
+    """True when the module can be imported."""
+    return importlib.util.find_spec(name) is not None
+
+
+def cann_version():
+    """Version of the CANN toolkit, from its own version file; None where there is none."""
+    homes = [os.environ.get(name) for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")]
+    homes += ["/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/latest"]
+    for home in filter(None, homes):
+        for path in sorted(path for part in ("", "*") for path in glob.glob(os.path.join(home, part, "version.*"))):
+            with open(path, encoding="utf-8", errors="replace") as stream:
+                found = re.search(r"[Vv]ersion\D*([0-9][\w.]+)", stream.read())
+            if found:
+                return found.group(1)
+    return None
+
+
+def versions():
+    """``{name: version or None}`` of this package, Python, every framework and CANN."""
+    from flash_attention import __version__
+
+    found = {"flash_attention": __version__, "python": platform.python_version()}
+    found.update((name, package_version(name)) for name in PACKAGES)
+    found["CANN"] = cann_version()
+    return found
+
+
+def source_digest(parts=("core", "jax", "nn", "ops")):
+    """Short hash of the code in these sub-packages: results of other code are not mixed with its results."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    digest = hashlib.sha256()
+    for part in parts:
+        for path in sorted(glob.glob(os.path.join(root, part, "**", "*.py"), recursive=True)):
+            with open(path, "rb") as stream:
+                digest.update(stream.read())
+    return digest.hexdigest()[:12]

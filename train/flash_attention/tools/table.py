@@ -1,0 +1,39 @@
+"""Plain text tables and a progress bar: what every command prints with."""
+
+import sys
+
+
+def format_table(header, rows):
+    """Columns padded to their widest cell, header underlined; cells are str()-ed."""
+    lines = [[str(cell) for cell in line] for line in [header] + rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    return "\n".join([text[0], "  ".join("-" * width for width in widths)] + text[1:])
+
+
+class _Plain:
+    """Progress without tqdm: one line a step, on stderr."""
+
+    def __init__(self, total, desc):
+        self.total, self.done, self.desc, self.step = total, 0, desc, ""
+
+    def set_postfix_str(self, text):
+        self.step = text
+
+    def update(self, steps=1):
+        self.done += steps
+        sys.stderr.write("{}: {}/{} {}\n".format(self.desc, self.done, self.total, self.step))
+
+    def close(self):
+        pass
+
+
+def progress(total, desc):
+    """A tqdm bar, or one line a step where tqdm is not installed or stderr is no terminal."""
+    if sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return _Plain(total, desc)
+        return tqdm(total=total, desc=desc)
+    return _Plain(total, desc)
