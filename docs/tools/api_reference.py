@@ -1,0 +1,188 @@
+"""The API reference as a Markdown page, read from the sources with `ast`: no framework has to be installed.
+
+Part of build_docs.py. `PUBLIC` lists what is public; signatures and docstrings come from the code.
+"""
+
+import ast
+import inspect
+import os
+import re
+
+# section -> [(file below train/flash_attention, import path, names)]
+PUBLIC = (
+    (
+        "MindSpore",
+        (
+            ("nn/layer/flash_attention.py", "flash_attention.nn", ("FlashAttention",)),
+            ("ops/functional.py", "flash_attention.ops", ("flash_attention",)),
+        ),
+    ),
+    (
+        "JAX",
+        (
+            ("jax/layer.py", "flash_attention.jax", ("FlashAttention",)),
+            ("jax/functional.py", "flash_attention.jax", ("flash_attention",)),
+        ),
+    ),
+    (
+        "Core",
+        (
+            ("core/spec.py", "flash_attention.core.spec", ("AttentionSpec", "Operands")),
+            ("core/ranges.py", "flash_attention.core.ranges", ("Band", "visible", "key_tiles", "query_tiles")),
+            ("core/plan.py", "flash_attention.core.plan", ("TilePlan", "make_plan")),
+            ("core/tiling/base.py", "flash_attention.core.tiling", ("Tile", "Strategy")),
+            ("core/tiling/__init__.py", "flash_attention.core.tiling", ("register_strategy", "get_strategy")),
+            ("core/alibi.py", "flash_attention.core.alibi", ("alibi_slopes",)),
+            ("core/dropout.py", "flash_attention.core.dropout", ("keep", "threshold")),
+            ("core/lse.py", "flash_attention.core.lse", ("merge",)),
+            ("core/reference.py", "flash_attention.core.reference", ("attention", "attention_grad")),
+            ("core/engine.py", "flash_attention.core.engine", ("Engine", "EngineTable")),
+            ("core/errors.py", "flash_attention.core.errors", ("Reason", "UnsupportedError")),
+        ),
+    ),
+)
+TITLE = {"en": "API reference", "zh": "API 参考"}
+INTRODUCTION = {
+    "en": "Generated from the docstrings by `python docs/tools/build_docs.py`. Shapes are in the notation of "
+    "[conventions](conventions.md).",
+    "zh": "本页由 `python docs/tools/build_docs.py` 从 docstring 生成，因此说明文字为英文。"
+    "形状记号见[约定](conventions.md)。",
+}
+_SECTION = re.compile(r"^(Args|Attributes|Inputs|Outputs|Returns|Raises|Examples|Supported Platforms):\s*$")
+_LISTS = ("Args", "Attributes", "Raises")
+
+
+def page(root, language):
+    """The whole page."""
+    lines = ["# " + TITLE[language], "", INTRODUCTION[language], ""]
+    for section, files in PUBLIC:
+        lines += ["## " + section, ""]
+        for file, module, names in files:
+            with open(os.path.join(root, "train", "flash_attention", *file.split("/")), encoding="utf-8") as stream:
+                nodes = {node.name: node for node in ast.parse(stream.read()).body if hasattr(node, "name")}
+            for name in names:
+                lines += _entry(nodes[name], module)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _entry(node, module):
+    lines = ["### {}.{}".format(module, node.name), ""]
+    if isinstance(node, ast.FunctionDef):
+        return lines + _signed(_call(node.name, node.args)) + _markdown(ast.get_docstring(node))
+    lines += _signed(_constructor(node)) + _markdown(ast.get_docstring(node))
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and ast.get_docstring(method):
+            is_property = any(getattr(item, "id", "") == "property" for item in method.decorator_list)
+            text = method.name if is_property else _call(method.name, method.args)
+            lines += ["#### " + node.name + "." + method.name, ""] + _signed(text)
+            lines += _markdown(ast.get_docstring(method))
+    return lines
+
+
+def _signed(text):
+    return ["```py", text, "```", ""]
+
+
+def _constructor(node):
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+            return _call(node.name, method.args)
+    fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+    if not fields:
+        return "{}({})".format(node.name, ast.unparse(node.bases[0]) if node.bases else "")
+    return _wrapped(node.name, [
+        _with_default(item.target.id, item.value) for item in fields
+    ])  # fmt: skip
+
+
+def _call(name, arguments):
+    plain = [item.arg for item in arguments.args]
+    defaults = [None] * (len(plain) - len(arguments.defaults)) + list(arguments.defaults)
+    words = [_with_default(*pair) for pair in zip(plain, defaults) if pair[0] != "self"]
+    if arguments.kwonlyargs:
+        words.append("*")
+        words += [_with_default(item.arg, value) for item, value in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    return _wrapped(name, words)
+
+
+_VALUES = {"NO_LIMIT": "65536"}  # constants that a reader wants to see as numbers
+
+
+def _with_default(name, value):
+    if value is None:
+        return name
+    text = ast.unparse(value)
+    return "{}={}".format(name, _VALUES.get(text, text))
+
+
+def _wrapped(name, words, width=100):
+    """`name(words)`, broken into lines of at most `width` characters."""
+    lines = [name + "("]
+    for position, word in enumerate(words):
+        word += ")" if position == len(words) - 1 else ", "
+        if len(lines[-1]) + len(word) > width:
+            lines[-1] = lines[-1].rstrip()
+            lines.append("    ")
+        lines[-1] += word
+    return "\n".join(lines) if words else name + "()"
+
+
+def _inline(text):
+    text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
+    text = re.sub(r":\w+:`~?([^`]*)`", lambda match: "`{}`".format(match.group(1).split(".")[-1]), text)
+    return text.replace("``", "`")
+
+
+def _markdown(docstring):
+    """A Google-style docstring as Markdown lines, with an empty line at the end."""
+    parts, title = [("", [])], ""
+    for line in inspect.cleandoc(docstring or "").splitlines():
+        match = _SECTION.match(line)
+        if match:
+            title = match.group(1)
+            parts.append((title, []))
+        else:
+            parts[-1][1].append(line)
+    lines = []
+    for title, body in parts:
+        body = inspect.cleandoc("\n".join([""] + body)).splitlines()
+        if title:
+            lines += ["**{}**".format(title), ""]
+        if title in _LISTS:
+            lines += _items(body)
+        elif title == "Examples":
+            lines += ["```pycon"] + body + ["", "```"]  # the empty line ends the last output, for doctest
+        else:
+            lines += _paragraphs(body)
+        lines.append("")
+    return lines
+
+
+def _items(body):
+    """`name (type): text` lines, continued by deeper ones, as a Markdown list."""
+    lines = []
+    for line in body:
+        match = re.match(r"(\w[\w, ]*?)( \([^)]*\))?: (.*)$", line)  # deeper lines begin with a space
+        if match:
+            names = ", ".join("`{}`".format(name.strip()) for name in match.group(1).split(","))
+            lines.append("- {}{}: {}".format(names, match.group(2) or "", _inline(match.group(3))))
+        elif line.strip():
+            lines.append("  " + _inline(line.strip()))
+    return lines
+
+
+def _paragraphs(body):
+    lines, formula = [], False
+    for line in body:
+        if line.strip() == ".. math::":
+            lines += ["$$"]
+            formula = True
+        elif formula and line.strip() and not line.startswith(" "):
+            lines += ["$$", "", _inline(line)]
+            formula = False
+        elif formula:
+            if line.strip():
+                lines.append(line.strip())
+        else:
+            lines.append(_inline(line))
+    return lines + (["$$"] if formula else [])

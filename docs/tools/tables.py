@@ -1,0 +1,315 @@
+"""The tables of the documentation, each a function of the language; part of build_docs.py.
+
+A function returns Markdown lines, or None where this computer lacks what the table is made from (a framework).
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+
+from flash_attention.core import conventions, dropout
+from flash_attention.core.spec import AttentionSpec
+from flash_attention.core.tiling import get_strategy, strategy_names
+from flash_attention.core.tiling.base import Tile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+BENCHMARKS = os.path.join(ROOT, "docs", "benchmarks")
+
+
+def markdown(header, rows):
+    """A Markdown table."""
+    lines = [list(map(str, line)) for line in [header, ["---"] * len(header)] + [list(row) for row in rows]]
+    return ["| {} |".format(" | ".join(line)) for line in lines]
+
+
+def pick(language, english, chinese):
+    """The text in the page's language."""
+    return english if language == "en" else chinese
+
+
+# --- support ----------------------------------------------------------------------------------------------------------
+TESTS = ("**proven by the tests here**", "**本仓库测试验证**")
+DOCUMENTATION = ("from documentation only", "仅依据文档")
+NOT_RUN = ("same code, not run", "同一份代码，未运行")
+NOTHING_YET = ("kernels not in this version", "本版本不含内核")
+
+# product, MindSpore, Python, CANN, engines, state; a pair is (English, Chinese)
+CPU = ("x86-64 CPU, Linux", "x86-64 CPU，Linux")
+ASCEND_910 = ("Ascend 910 (910A)", "昇腾 910（910A）")
+SUPPORT = (
+    (CPU, "2.10.0", "3.11", "-", ("`portable`, `jax` (jax 0.6.2)", "`portable`、`jax`（jax 0.6.2）"), TESTS),
+    (CPU, "-", "3.11", "-",
+     ("JAX `xla`, `reference` (jax 0.6.2, newest)", "JAX `xla`、`reference`（jax 0.6.2、最新版）"), TESTS),
+    (("Atlas A2 (910B), A3", "Atlas A2（910B）、A3"), "2.3-2.10", "3.9-3.12", "8.0.RC2-9.0.0", "`aclnn`",
+     DOCUMENTATION),
+    (ASCEND_910, "2.2-2.6", "3.7-3.9", "7.0.RC1-8.1.RC1", "`tik`", NOTHING_YET),
+    (ASCEND_910, "2.2-2.6", "3.7-3.9", "7.0.RC1-8.1.RC1", "`portable`", NOT_RUN),
+    ("NVIDIA GPU", ("a GPU build", "GPU 版本"), ("as MindSpore", "同 MindSpore"), "-", "`portable`", NOT_RUN),
+    (("NVIDIA GPU, Google TPU", "NVIDIA GPU、Google TPU"), "-", "3.10+", "-", "JAX `xla`", NOT_RUN),
+    (("other CPUs (Arm; macOS, Windows)", "其他 CPU（Arm；macOS、Windows）"),
+     ("where it has a wheel", "有 wheel 时"), "3.10+", "-",
+     ("`portable`, `jax`, JAX `xla`", "`portable`、`jax`、JAX `xla`"), NOT_RUN),
+)  # fmt: skip
+
+
+def support(language):
+    """What was proven where; it opens the README."""
+    which = 0 if language == "en" else 1
+    header = (("product", "MindSpore", "Python", "CANN", "engines", "state"),
+              ("产品", "MindSpore", "Python", "CANN", "引擎", "状态"))[which]  # fmt: skip
+    return markdown(header, [[cell if isinstance(cell, str) else cell[which] for cell in row] for row in SUPPORT])
+
+
+# MindSpore, Python, CANN, where the row comes from. Nothing here was run on a device.
+VERSIONS = (
+    ("2.10.0", "3.10-3.12", "-", ("wheels on PyPI; the tests run this version", "PyPI 上的 wheel；测试用此版本")),
+    ("2.9.0", "-", "9.0.0", ("MindSpore Transformers 1.9.0, installation page", "MindSpore Transformers 1.9.0 安装页")),
+    ("2.7.2", "3.9-3.11", "8.5.0", ("the same page; file names of the wheels", "同一页面；wheel 文件名")),
+    ("2.7.1", "-", "8.3.RC1", ("the same page", "同一页面")),
+    ("2.7.0", "-", "8.2.RC1", ("the same page", "同一页面")),
+    ("2.6.0", "3.9-3.11", "8.1.RC1", ("the same page (for 2.6.0-rc1); file names of the wheels",
+                                      "同一页面（2.6.0-rc1）；wheel 文件名")),
+    ("2.4.10", "-", "8.0.0", ("the same page", "同一页面")),
+    ("2.4.0", "-", "8.0.RC3", ("the same page", "同一页面")),
+    ("2.3.0", "-", "8.0.RC2", ("the same page", "同一页面")),
+    ("2.2.0", "3.7-3.9", "7.0.RC1", ("the published TIK attention for Ascend 910", "已发布的昇腾 910 TIK 注意力")),
+)  # fmt: skip
+
+
+def versions(language):
+    """Which MindSpore goes with which CANN, and where that is written."""
+    which = 0 if language == "en" else 1
+    header = (("MindSpore", "Python", "CANN", "source"), ("MindSpore", "Python", "CANN", "来源"))[which]
+    return markdown(header, [row[:3] + (row[3][which],) for row in VERSIONS])
+
+
+USES = {
+    "mindspore": ("the Cell and the MindSpore engines", "Cell 与 MindSpore 引擎"),
+    "jax": ("the JAX twin, and engine `jax` of the Cell", "JAX 孪生实现，以及 Cell 的 `jax` 引擎"),
+    "cuda": ("the JAX twin on NVIDIA GPUs", "NVIDIA GPU 上的 JAX 孪生实现"),
+    "tpu": ("the JAX twin on TPUs", "TPU 上的 JAX 孪生实现"),
+    "bench": ("`bench`: the peers it compares with, and plots", "`bench`：对照库与绘图"),
+    "test": ("the tests", "测试"),
+    "docs": ("plots of the examples", "示例的绘图"),
+    "dev": ("all of jax, test and docs", "jax、test、docs 的总和"),
+}
+
+
+def extras(language):
+    """The extras of setup.py."""
+    setup = importlib.import_module("setup")
+    header = pick(language, ("extra", "for", "installs"), ("extra", "用途", "安装内容"))
+    rows = []
+    for name, lines in setup.EXTRAS.items():
+        rows.append(("`{}`".format(name), pick(language, *USES[name]), ", ".join("`{}`".format(x) for x in lines)))
+    return markdown(header, rows)
+
+
+# --- core -------------------------------------------------------------------------------------------------------------
+def calls(language):
+    """Layout, polarity and alignment of every public call."""
+    lines = conventions.table()
+    if language == "zh":
+        lines[0] = "| 调用 | 布局 | 掩码参数 | 极性 | 掩码形状 | 对齐 |"
+    return lines
+
+
+def strategies(language):
+    """The tiling strategies and the tiles they choose for a few shapes."""
+    shapes = ((4096, 4096, 64), (4096, 4096, 128), (1000, 1000, 64), (4096, 77, 40), (256, 256, 160))
+    header = ["`tiling_stgy_name`", "block_size"] + ["Sq={} Sk={} D={}".format(*shape) for shape in shapes]
+    rows = []
+    for name in strategy_names():
+        strategy = get_strategy(name)
+        row = ["`{}`".format(name), strategy.block_size]
+        for q_len, kv_len, head_dim in shapes:
+            spec = AttentionSpec(1, 8, 8, q_len, kv_len, head_dim)
+            tile = strategy.tiles(spec, Tile(256, 128))
+            row.append("{} x {}".format(tile.q, tile.kv))
+        rows.append(row)
+    if language == "zh":
+        header[1] = "块大小 block_size"
+    return markdown(header, rows)
+
+
+def dropout_vectors(language):
+    """The published test vectors of the dropout hash."""
+    header = ["seed", "b", "h", "i", "j", pick(language, "hash", "哈希值")]
+    return markdown(header, [list(row[:5]) + ["`0x{:08X}`".format(row[5])] for row in dropout.TEST_VECTORS])
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+_BASE = dict(batch=2, heads=8, kv_heads=8, q_len=256, kv_len=256, head_dim=64, dtype="float16")
+# (label en, zh), what it changes in the plain call
+FEATURES = (
+    (("float16", "float16"), {}),
+    (("bfloat16", "bfloat16"), {"dtype": "bfloat16"}),
+    (("float32", "float32"), {"dtype": "float32"}),
+    (("float64", "float64"), {"dtype": "float64"}),
+    (("head_dim 40", "head_dim 40"), {"head_dim": 40}),
+    (("head_dim 320", "head_dim 320"), {"head_dim": 320}),
+    (("head_dim 640", "head_dim 640"), {"head_dim": 640}),
+    (("2 key/value heads", "2 个键值头"), {"kv_heads": 2}),
+    (("ragged lengths (129, 1000)", "不规则长度（129、1000）"), {"q_len": 129, "kv_len": 1000}),
+    (("causal", "因果"), {"causal": True}),
+    (("block window", "块窗口"), {"prev_block_num": 1, "next_block_num": 0}),
+    (("token window", "词元窗口"), {"local_window_size": (100, 20)}),
+    (("mask (B, 1, Sq, Sk)", "掩码 (B, 1, Sq, Sk)"), {"mask_shape": (2, 1, 256, 256)}),
+    (("compact mask", "紧凑掩码"), {"mask_shape": (128, 128), "compact_mask": True}),
+    (("bias (1, N, Sq, Sk)", "偏置 (1, N, Sq, Sk)"), {"bias_shape": (1, 8, 256, 256)}),
+    (("ALiBi slopes (N,)", "ALiBi 斜率 (N,)"), {"alibi_shape": (8,)}),
+    (("segment ids", "段编号"), {"segments": True}),
+    (("query and key lengths", "查询与键的长度"), {"q_lengths": True, "kv_lengths": True}),
+    (("soft cap", "soft cap"), {"soft_cap": 30.0}),
+    (("sinks", "sinks"), {"sinks": True}),
+    (("dropout", "dropout"), {"dropout_rate": 0.1}),
+    (("q_offset, an int", "q_offset 为整数"), {"q_offset": 0}),
+    (("q_offset, a tensor", "q_offset 为张量"), {"dynamic_offset": True}),
+    (("batch only known at run time", "批大小运行时才知道"), {"batch": -1}),
+)  # fmt: skip
+
+
+def engine_matrix(table_module, framework, language):
+    """Which engine takes what, from `supports(spec)` itself; below, all of them and why one does not run here."""
+    if importlib.util.find_spec(framework) is None or importlib.util.find_spec("tbe") is not None:
+        return None
+    engines = list(importlib.import_module(table_module).ENGINES)
+    plain = AttentionSpec(**_BASE)
+    here = [(engine.name, engine.supports) for engine in engines if engine.supports(plain) is None]
+    if framework == "mindspore":  # its limits are known without its device
+        constraints = importlib.import_module("flash_attention.ops.aclnn.constraints")
+        here.insert(0, ("aclnn", constraints.refused))
+    notes, rows = [], []
+    for label, changes in FEATURES:
+        if "batch" in changes and framework == "jax":
+            continue  # JAX compiles for every batch anew
+        spec = AttentionSpec(**dict(_BASE, **changes))
+        cells = []
+        for _, supports in here:
+            reason = supports(spec)
+            if reason is None:
+                cells.append(pick(language, "yes", "支持"))
+            else:
+                if str(reason) not in notes:
+                    notes.append(str(reason))
+                cells.append(pick(language, "no", "不支持") + " ({})".format(notes.index(str(reason)) + 1))
+        rows.append([label[0 if language == "en" else 1]] + cells)
+    lines = markdown([""] + ["`{}`".format(name) for name, _ in here], rows)
+    if notes:
+        lines += [""] + ["{}. {}".format(number, note) for number, note in enumerate(notes, 1)]
+    lines += [""] + _orders(engines, plain, language)
+    return lines
+
+
+def _orders(engines, plain, language):
+    """Every engine in the order of preference, its note, and why it does not run here."""
+    header = pick(language, ("engine", "`auto`", "note", "on a computer with only a CPU"),
+                  ("引擎", "`auto`", "说明", "只有 CPU 的机器上"))  # fmt: skip
+    rows = []
+    for place, engine in enumerate(engines, 1):
+        reason = engine.supports(plain)
+        chosen = pick(language, "only by name", "仅按名字") if engine.order is None else str(place)
+        state = pick(language, "runs", "可运行") if reason is None else str(reason)
+        rows.append(("`{}`".format(engine.name), chosen, engine.note, state))
+    return markdown(header, rows)
+
+
+def engines_mindspore(language):
+    """Engines of the MindSpore front end."""
+    return engine_matrix("flash_attention.ops", "mindspore", language)
+
+
+def engines_jax(language):
+    """Engines of the JAX front end."""
+    return engine_matrix("flash_attention.jax", "jax", language)
+
+
+def aclnn_limits(language):
+    """What the documentation of the vendor operator allows, with the source of each rule."""
+    if importlib.util.find_spec("mindspore") is None:
+        return None
+    lines = importlib.import_module("flash_attention.ops.aclnn.constraints").table()
+    if language == "zh":
+        lines[0] = "| 参数 | 必须满足 | 来源 |"
+    return lines
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+def _reports():
+    names = sorted(os.listdir(BENCHMARKS)) if os.path.isdir(BENCHMARKS) else []
+    for name in names:
+        if name.endswith(".json") and not name.endswith("-quick.json"):
+            with open(os.path.join(BENCHMARKS, name), encoding="utf-8") as stream:
+                yield json.load(stream)
+
+
+def _number(value):
+    return "{:,.0f}".format(value) if abs(value) >= 1000 else "{:.3g}".format(value)
+
+
+def _bound(figure):
+    if figure.get("bound") is None:
+        return "-"
+    return "{} {}".format(">=" if figure.get("at_least") else "<=", _number(figure["bound"]))
+
+
+def _holds(figure):
+    if figure.get("bound") is None:
+        return None
+    if figure.get("at_least"):
+        return figure["value"] >= figure["bound"]
+    return figure["value"] <= figure["bound"]
+
+
+def _verdict(figure, language):
+    held = _holds(figure)
+    return "" if held is None else pick(language, "met", "达到") if held else pick(language, "**missed**", "**未达到**")
+
+
+def measured(language, only_bounded=False):
+    """Every figure of docs/benchmarks, with its bound, CPU class, date and command."""
+    rows = []
+    for report in _reports():
+        for figure in report["figures"]:
+            if only_bounded and figure.get("bound") is None:
+                continue
+            value = "{} {}".format(_number(figure["value"]), figure.get("unit") or "").strip()
+            where = "{}, {}".format(report["cpu_class"], report["date"])
+            rows.append((report["name"], figure["name"], value, _bound(figure), _verdict(figure, language), where))
+    if not rows:
+        not_yet = pick(language, "Not measured yet: run {}.", "尚未测量：请运行 {}。")
+        return [not_yet.format("`bash build.sh bench`")]
+    header = pick(language, ("`bench` name", "figure", "measured", "target", "", "CPU class, date"),
+                  ("`bench` 名称", "指标", "实测", "目标", "", "CPU 类别，日期"))  # fmt: skip
+    return markdown(header, rows) + [""] + _versions_line(language)
+
+
+def _versions_line(language):
+    found = sorted({
+        "{} {}".format(name, number)
+        for report in _reports()
+        for name, number in report["versions"].items()
+        if number
+    })  # fmt: skip
+    return [pick(language, "Versions: ", "版本：") + ", ".join(found) + pick(language, ".", "。")]
+
+
+def measured_targets(language):
+    """The figures that have a target: what the README shows."""
+    return measured(language, only_bounded=True)
+
+
+TABLES = {
+    "support": support,
+    "versions": versions,
+    "extras": extras,
+    "calls": calls,
+    "strategies": strategies,
+    "dropout-vectors": dropout_vectors,
+    "engines-mindspore": engines_mindspore,
+    "engines-jax": engines_jax,
+    "aclnn-limits": aclnn_limits,
+    "measured": measured,
+    "measured-targets": measured_targets,
+}
