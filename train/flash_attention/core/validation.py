@@ -115,7 +115,7 @@ def check_window(layer, value):
 
 def check_layout(layer, layout):
     """Raise unless ``layout`` is one the functional call takes."""
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise invalid_value(layer, "layout", "one of {}".format(", ".join(map(repr, LAYOUTS))), repr(layout))
 
 

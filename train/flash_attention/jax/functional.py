@@ -84,7 +84,7 @@ def flash_attention(
         check_bool(LAYER, name, flag)
     if return_lse and return_residual:
         raise invalid_value(LAYER, "return_residual", "False when return_lse=True", True, "Both return the LSE.")
-    static_offset = q_offset is None or is_int(q_offset)
+    static_offset = not hasattr(q_offset, "ndim")  # an array, also a traced one, is a run-time operand
     operands = Operands(
         bias=bias,
         mask=mask,

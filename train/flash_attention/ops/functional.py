@@ -17,6 +17,10 @@ from flash_attention.core.validation import Options, TensorInfo, check_bool, is_
 from flash_attention.ops.engines import ENGINES
 
 LAYER = "flash_attention"
+_NAMES = (
+    "query", "key", "value", "bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_segment_ids",
+    "query_seq_lengths", "key_value_seq_lengths", "q_offset", "dropout_seed",
+)  # fmt: skip
 
 
 def flash_attention(
@@ -83,10 +87,9 @@ def flash_attention(
     Supported Platforms:
         ``Ascend`` ``GPU`` ``CPU`` (what was proven where: see the support table)
     """
-    batch = _first(query.shape)
-    query_seq_lengths = _vector("query_seq_lengths", query_seq_lengths, batch)
-    key_value_seq_lengths = _vector("key_value_seq_lengths", key_value_seq_lengths, batch)
-    dropout_seed = _seed(LAYER, dropout_seed)
+    query_seq_lengths = _vector("query_seq_lengths", query_seq_lengths, query)
+    key_value_seq_lengths = _vector("key_value_seq_lengths", key_value_seq_lengths, query)
+    dropout_seed = seed_tensor(LAYER, dropout_seed)
     offset_tensor = q_offset if isinstance(q_offset, Tensor) else None
     offset_int = None if isinstance(q_offset, Tensor) else q_offset
     tensors = (
@@ -97,11 +100,12 @@ def flash_attention(
         scale, is_causal, local_window_size, prev_block_num, next_block_num, block_size, dropout_rate,
         logits_soft_cap, offset_int, layout,
     )  # fmt: skip
-    shapes, dtypes = describe(tensors)
+    shapes, dtypes = describe(LAYER, _NAMES, tensors)
     check_flag(LAYER, "return_lse", return_lse)
-    cell, mask_shape, bias_shape, slopes_shape = resolve(LAYER, shapes, dtypes, options, engine)
+    check_not_additive(LAYER, mask)
+    cell, mask_shape, bias_shape, slopes_shape, axes = resolve(LAYER, shapes, dtypes, options, engine)
     if layout == "BSND":
-        query, key, value = _swap(query), _swap(key), _swap(value)
+        query, key, value = _swap(query, axes), _swap(key, axes), _swap(value, axes)
     out, lse = cell(
         query,
         key,
@@ -118,17 +122,17 @@ def flash_attention(
         dropout_seed if dropout_rate > 0 else None,
     )
     if layout == "BSND":
-        out = _swap(out)
+        out = _swap(out, axes)
     if return_lse:
         return out, lse
     return out
 
 
-def _swap(x):
-    """BSND <-> BNSD. The CPU has no bfloat16 transpose."""
-    if x.dtype == mstype.bfloat16 and on_cpu():
-        return x.astype(mstype.float32).swapaxes(1, 2).astype(mstype.bfloat16)
-    return x.swapaxes(1, 2)
+def _swap(x, axes):
+    """BSND <-> BNSD. ``axes`` come from ``resolve``, so that a graph validates the ranks first."""
+    if x.dtype == mstype.bfloat16 and on_cpu():  # the CPU has no bfloat16 transpose
+        return x.astype(mstype.float32).swapaxes(axes[0], axes[1]).astype(mstype.bfloat16)
+    return x.swapaxes(axes[0], axes[1])
 
 
 @constexpr
@@ -137,14 +141,32 @@ def on_cpu():
     return ms.get_context("device_target") == "CPU"
 
 
-def describe(tensors):
+def describe(layer, names, tensors):
     """Shapes and dtypes of a tuple of tensors as constants; None stays None. Runs in graphs."""
     shapes = ()
     dtypes = ()
-    for tensor in tensors:
+    for index in range(len(tensors)):
+        tensor = tensors[index]
+        if not isinstance(tensor, Tensor) and (tensor is not None or index < 3):
+            reject(layer, names[index], tensor)
         shapes = shapes + (None if tensor is None else tensor.shape,)
         dtypes = dtypes + (None if tensor is None else tensor.dtype,)
     return shapes, dtypes
+
+
+@constexpr(check=False)
+def reject(layer, name, value):
+    """Raise: ``value`` is not a Tensor."""
+    raise invalid_type(layer, name, "a Tensor", type(value).__name__)
+
+
+@constexpr(check=False)
+def check_not_additive(layer, mask):
+    """A float mask with negative entries was meant to be added. In a graph its values are unknown (here: None)."""
+    if mask is not None and "Float" in str(mask.dtype) and float(mask.min()) < 0:
+        need = "boolean or >= 0 (keep where True or > 0)"
+        got, remedy = "a float mask with negative values", "Pass an additive mask as bias=."
+        raise invalid_value(layer, "mask", need, got, remedy)
 
 
 def keep(mask):
@@ -163,13 +185,14 @@ def resolve(layer, shapes, dtypes, options, engine):
         engine (str): what the user asked for.
 
     Returns:
-        the spec's differentiable Cell and the shapes its mask, bias and slopes must be given; () where absent.
+        the spec's differentiable Cell, the shapes its mask, bias and slopes must be given (() where absent), and the
+        axes that lead from BSND to BNSD.
     """
     infos = [None if shape is None else info(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
     ENGINES.check_name(engine, layer)
     spec = make_spec(layer, infos[0], infos[1], infos[2], Operands(*infos[3:]), Options(*options))
     cell = ENGINES.choose(spec, engine, layer).run.cell(spec)
-    return cell, spec.mask_shape or (), spec.bias_shape or (), spec.alibi_shape or ()
+    return cell, spec.mask_shape or (), spec.bias_shape or (), spec.alibi_shape or (), (1, 2)
 
 
 def info(shape, dtype):
@@ -183,39 +206,34 @@ def check_flag(layer, name, value):
     check_bool(layer, name, value)
 
 
-@constexpr
-def _first(shape):
-    return shape[0] if shape else -1  # a wrong rank is reported by resolve()
-
-
-def _vector(name, value, batch):
+def _vector(name, value, query):
     """Lengths given as an int become a constant tensor (B,)."""
     if value is None or isinstance(value, Tensor):
         return value
-    return _constant_vector(name, value, batch)
+    return _constant_vector(name, value, query.shape)
 
 
 @constexpr
-def _constant_vector(name, value, batch):
+def _constant_vector(name, value, query_shape):
     if not is_int(value):
         raise invalid_type(LAYER, name, "None, an int or an int tensor", repr(value))
     if value < 0:
         raise invalid_value(LAYER, name, "at least 0", value)
+    batch = query_shape[0] if query_shape else 1  # a wrong rank is reported by resolve()
     if batch is None or batch < 0:
         raise invalid_value(LAYER, name, "a tensor of shape (B,) when the batch is dynamic", value)
     return Tensor(np.full((batch,), value, np.int32))
 
 
-def _seed(layer, seed):
+def seed_tensor(layer, seed):
     """A seed given as an int becomes a constant uint32 scalar."""
     if seed is None or isinstance(seed, Tensor):
         return seed
-    return constant_seed(layer, seed)
+    return _constant_seed(layer, seed)
 
 
 @constexpr
-def constant_seed(layer, seed):
-    """``seed``, an int in [0, 2**32), as a uint32 scalar."""
+def _constant_seed(layer, seed):
     if not is_int(seed):
         raise invalid_type(layer, "dropout_seed", "None, an int or an int tensor", repr(seed))
     if not 0 <= seed < 2**32:

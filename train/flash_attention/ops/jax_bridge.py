@@ -60,6 +60,8 @@ class _Host:
     """The numpy side: forward and backward of one spec. JAX compiles each at its first call."""
 
     def __init__(self, spec):
+        np.finfo(np.float32)  # numpy caches it; MindSpore's threads flush denormals, which makes it warn there
+        np.finfo(np.float64)
         self._spec = spec
         self._present = _present(spec)
 

@@ -28,7 +28,7 @@ def strategy_names():
 
 def get_strategy(name, layer="FlashAttention"):
     """The strategy called ``name``; ValueError with the known names otherwise."""
-    if name not in _STRATEGIES:
+    if not isinstance(name, str) or name not in _STRATEGIES:
         names = ", ".join(repr(known) for known in _STRATEGIES)
         raise invalid_value(layer, "tiling_stgy_name", "one of {}".format(names), repr(name))
     return _STRATEGIES[name]

@@ -17,10 +17,11 @@ from flash_attention.core.config import LAYER, CellConfig
 from flash_attention.core.errors import invalid_value
 from flash_attention.core.spec import NO_LIMIT
 from flash_attention.ops.engines import ENGINES
-from flash_attention.ops.functional import constant_seed, describe, info, resolve
+from flash_attention.ops.functional import describe, info, resolve, seed_tensor
 
 _GOLDEN = 0x9E3779B9  # consecutive steps give seeds far apart
 _MIX = 0x85EBCA6B  # odd, so that Cells and global seeds are spread likewise
+_NAMES = ("query", "key", "value", "attention_mask", "alibi_mask") + ("",) * 8  # the rest never fails
 _cells = itertools.count()  # construction order, the same in every process that builds the same model
 
 
@@ -143,28 +144,25 @@ class FlashAttention(nn.Cell):
     def construct(self, query, key, value, attention_mask=None, alibi_mask=None, dropout_seed=None):
         """Attend; shapes and meaning of the inputs are in the class's documentation."""
         training = self.training
-        shapes, dtypes = describe((query, key, value, attention_mask, alibi_mask))
+        dropout_seed = seed_tensor(LAYER, dropout_seed)
+        shapes, dtypes = describe(LAYER, _NAMES, (query, key, value, attention_mask, alibi_mask))
         mask_shape, slopes, options = _prepare(self.config, training, shapes, dtypes)
         mask = None
         if attention_mask is not None:
             mask = _discard_to_keep(attention_mask).reshape(mask_shape)
         seed = None
         if training and self.dropout_rate > 0:
-            seed = self._dropout_seed(query, dropout_seed)
+            seed = self._next_seed(query) if dropout_seed is None else dropout_seed
         operands = (alibi_mask, mask, slopes, None, None, None, None, None, None, seed)
-        shapes, dtypes = describe((query, key, value) + operands)
+        shapes, dtypes = describe(LAYER, _NAMES, (query, key, value) + operands)
         cell = resolve(LAYER, shapes, dtypes, options, self.engine)[0]
         out, lse = cell(query, key, value, *operands)
         if self.return_lse:
             return out, lse
         return out
 
-    def _dropout_seed(self, query, seed):
-        """The seed of this call: the caller's, else one that differs between Cells and between training calls."""
-        if isinstance(seed, Tensor):
-            return seed
-        if seed is not None:
-            return constant_seed(LAYER, seed)
+    def _next_seed(self, query):
+        """A seed that differs between Cells and between training calls."""
         if self._has_config_recompute:
             # A graph recomputes side effects too, so a counter would move between the two forward passes. The inputs
             # of a recomputed layer are bitwise the same, and another training step has others.
