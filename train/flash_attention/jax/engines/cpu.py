@@ -32,5 +32,5 @@ def dot_dtype(dtype, rows):
     """
     if not on_cpu():
         return dtype
-    native = features() & {"avx512_bf16", "amx_bf16", "bf16"}
+    native = features() & {"avx512_bf16", "amx_bf16"}
     return dtype if dtype == "bfloat16" and native and rows >= 64 else "float32"
