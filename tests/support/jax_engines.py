@@ -1,0 +1,70 @@
+"""Conformance adapter of the JAX engines: a case through `flash_attention.jax.flash_attention`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from conformance import DIFFERENTIABLE, make_inputs
+from flash_attention.jax import ENGINES, flash_attention
+
+
+def to_layout(x, layout):
+    """A BNSD array in `layout`."""
+    return x if layout == "BNSD" else x.swapaxes(1, 2)
+
+
+class JaxEngine:
+    """An engine of the JAX front end; `run(case)` gives numpy results by name, BNSD."""
+
+    functions = None  # XLA's exp and log are as accurate as numpy's
+
+    def __init__(self, name):
+        self.name = name
+
+    def __str__(self):
+        return self.name
+
+    def supports(self, spec):
+        return ENGINES[self.name].supports(spec)
+
+    def run(self, case):
+        inputs = make_inputs(case)
+        q, k, v, d_out = (to_layout(jnp.asarray(x, case.dtype), case.layout) for x in inputs[1:5])
+        tensors = {name: x if isinstance(x, int) else jnp.asarray(x) for name, x in inputs.tensors.items()}
+        wanted = {name: tensors.pop(name) for name in DIFFERENTIABLE if name in tensors}
+        constant = {name: tensors.pop(name) for name in list(tensors) if isinstance(tensors[name], int)}
+
+        def attend(query, key, value, wanted, tensors):
+            return flash_attention(
+                query, key, value, **wanted, **tensors, **constant, **case.options, return_lse=True,
+                implementation=self.name,
+            )  # fmt: skip
+
+        @jax.jit
+        def both(q, k, v, wanted, tensors, cotangents):
+            if not case.gradients:
+                return attend(q, k, v, wanted, tensors), None
+            results, pullback = jax.vjp(functools.partial(attend, tensors=tensors), q, k, v, wanted)
+            return results, pullback(cotangents)
+
+        (out, lse), grads = both(q, k, v, wanted, tensors, (d_out, jnp.asarray(inputs.d_lse)))
+        assert out.dtype == q.dtype and lse.dtype == jnp.float32
+        results = {"out": _numpy(to_layout(out, case.layout)), "lse": np.asarray(lse)}
+        if grads:
+            for name, x, grad in zip(("query", "key", "value"), (q, k, v), grads):
+                assert grad.dtype == x.dtype
+                results[name] = _numpy(to_layout(grad, case.layout))
+            for name, grad in grads[3].items():
+                results[DIFFERENTIABLE[name]] = _as_reference(grad, DIFFERENTIABLE[name], inputs)
+        return results
+
+
+def _numpy(x):
+    return np.asarray(x.astype(jnp.float32))
+
+
+def _as_reference(grad, name, inputs):
+    """In the shape in which the reference gives it."""
+    return _numpy(grad).reshape(np.shape(getattr(inputs.operands, name)))

@@ -1,0 +1,36 @@
+"""Every JAX engine against the float64 reference, over the shared list of cases (tests/conformance.py)."""
+
+import jax
+import pytest
+from support.jax_engines import JaxEngine
+
+from conformance import check, tagged
+from flash_attention.jax import ENGINES
+
+pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu, pytest.mark.env_onecard]
+BLOCKWISE = [JaxEngine(name) for name in ENGINES.names() if name != "reference"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled():
+    """Hundreds of compiled programs would fill the memory."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("engine", BLOCKWISE, ids=str)
+@pytest.mark.parametrize("case", tagged("ci", "primary", "pairwise"), ids=str)
+def test_engine(case, engine):
+    check(engine, case)
+
+
+@pytest.mark.parametrize("case", tagged("ci"), ids=str)
+def test_reference_engine(case):
+    check(JaxEngine("reference"), case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", BLOCKWISE, ids=str)
+@pytest.mark.parametrize("case", tagged("long"), ids=str)
+def test_rest_of_the_grid(case, engine):
+    check(engine, case)

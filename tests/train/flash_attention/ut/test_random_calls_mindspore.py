@@ -1,0 +1,20 @@
+"""Random configurations drawn by hypothesis, the portable MindSpore engine: 250 calls against the float64 reference."""
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from support.mindspore_engines import MindSporeEngine, engines_here
+
+from conformance import check, random_cases
+
+pytestmark = [pytest.mark.slow, pytest.mark.level1, pytest.mark.platform_x86_cpu]
+
+
+@pytest.mark.parametrize("engine", [name for name in engines_here() if name != "jax"])
+def test_pynative(engine):
+    @seed(20231107)
+    @given(random_cases())
+    @settings(max_examples=250, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    def run(case):
+        check(MindSporeEngine(engine), case)
+
+    run()
