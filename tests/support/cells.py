@@ -1,4 +1,4 @@
-"""The `FlashAttention` Cell for the tests in st: a conformance case as a Cell's call, its judgement, and naive attention.
+"""The `FlashAttention` Cell for the tests in st: a conformance case as a Cell's call, its judgement, naive attention.
 
 It needs MindSpore alone: the judge is numpy's (`core.reference`), so the same cases run on Ascend hardware.
 """

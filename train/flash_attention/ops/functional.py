@@ -15,6 +15,7 @@ from flash_attention.core.errors import invalid_type, invalid_value
 from flash_attention.core.spec import NO_LIMIT, Operands
 from flash_attention.core.validation import Options, TensorInfo, check_bool, is_int, make_spec
 from flash_attention.ops.engines import ENGINES
+from flash_attention.ops.host import is_eager
 
 LAYER = "flash_attention"
 _NAMES = (
@@ -102,7 +103,8 @@ def flash_attention(
     )  # fmt: skip
     shapes, dtypes = describe(LAYER, _NAMES, tensors)
     check_flag(LAYER, "return_lse", return_lse)
-    check_not_additive(LAYER, mask)
+    if mask is not None and is_eager():
+        check_not_additive(LAYER, mask)
     cell, mask_shape, bias_shape, slopes_shape, axes = resolve(LAYER, shapes, dtypes, options, engine)
     if layout == "BSND":
         query, key, value = _swap(query, axes), _swap(key, axes), _swap(value, axes)
@@ -162,8 +164,8 @@ def reject(layer, name, value):
 
 @constexpr(check=False)
 def check_not_additive(layer, mask):
-    """A float mask with negative entries was meant to be added. In a graph its values are unknown (here: None)."""
-    if mask is not None and "Float" in str(mask.dtype) and float(mask.min()) < 0:
+    """A float mask with negative entries was meant to be added. Graphs skip this: values are unknown there."""
+    if "Float" in str(mask.dtype) and float(mask.min()) < 0:
         need = "boolean or >= 0 (keep where True or > 0)"
         got, remedy = "a float mask with negative values", "Pass an additive mask as bias=."
         raise invalid_value(layer, "mask", need, got, remedy)

@@ -1,22 +1,21 @@
 """Engine 'jax': the JAX twin's blockwise engine inside a MindSpore graph on the CPU.
 
-The one file where MindSpore and JAX meet. ``ops.Custom(func_type="pyfunc")`` hands numpy arrays over, forward and
-backward, in PyNative and graph mode; it costs one memory copy a tensor. JAX is imported when the engine is first used.
+The one file where MindSpore and JAX meet. ``ops.host`` hands numpy arrays over, forward and backward, in PyNative and
+graph mode; it costs one memory copy a tensor. JAX is imported when the engine is first used.
 """
 
 import importlib.util
-import inspect
 import sys
 
 import mindspore as ms
 import numpy as np
 from mindspore import dtype as mstype
-from mindspore import ops
 
 from flash_attention.core.engine import Engine
 from flash_attention.core.errors import Reason
 from flash_attention.core.spec import Operands
 from flash_attention.ops.autograd import DifferentiableEngine
+from flash_attention.ops.host import HostFunction
 
 _REMEDY = "Use engine='portable'."
 _FIELDS = ("query", "key", "value") + Operands._fields
@@ -40,7 +39,7 @@ def supports(spec):
 
 
 def _present(spec):
-    """Indices into ``_FIELDS`` of the tensors that ``spec`` has; None cannot be an input of ``ops.Custom``."""
+    """Indices into ``_FIELDS`` of the tensors that ``spec`` has; None cannot be handed over."""
     has = {
         "bias": spec.bias_shape is not None,
         "mask": spec.mask_shape is not None,
@@ -60,8 +59,6 @@ class _Host:
     """The numpy side: forward and backward of one spec. JAX compiles each at its first call."""
 
     def __init__(self, spec):
-        np.finfo(np.float32)  # numpy caches it; MindSpore's threads flush denormals, which makes it warn there
-        np.finfo(np.float64)
         self._spec = spec
         self._present = _present(spec)
 
@@ -105,31 +102,18 @@ def _to_numpy(arrays):
     )
 
 
-def _with_arity(function, count):
-    """``function`` with a signature of ``count`` inputs: ``ops.Custom`` reads the number of inputs from it."""
-
-    def call(*arrays):
-        return function(*arrays)
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    call.__signature__ = inspect.Signature([inspect.Parameter("x{}".format(n), kind) for n in range(count)])
-    return call
-
-
 def _build(spec):
-    """``(forward, backward)`` for ``ops.autograd``: two ``ops.Custom`` around the host functions."""
+    """``(forward, backward)`` for ``ops.autograd`` around the two host functions."""
     host = _Host(spec)
     present = _present(spec)
     places = tuple(present.index(_FIELDS.index(name)) for name in _DIFFERENTIABLE if _FIELDS.index(name) in present)
     absent = tuple(_FIELDS.index(name) not in present for name in _DIFFERENTIABLE)
-    call_forward = ops.Custom(
-        _with_arity(host.forward, len(present)), _forward_shapes, _forward_dtypes, func_type="pyfunc"
-    )
-    call_backward = ops.Custom(
-        _with_arity(host.backward, len(present) + 4),
+    call_forward = HostFunction(host.forward, len(present), _forward_shapes, _forward_dtypes)
+    call_backward = HostFunction(
+        host.backward,
+        len(present) + 4,
         lambda *shapes: tuple(shapes[place] for place in places),
         lambda *dtypes: tuple(_hosted(dtypes[place]) for place in places),
-        func_type="pyfunc",
     )
 
     def forward(*tensors):

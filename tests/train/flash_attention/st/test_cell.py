@@ -1,4 +1,4 @@
-"""Whole Cells: `FlashAttention` against the numpy judge, forward and gradients, both modes, every engine that runs here.
+"""Whole Cells: `FlashAttention` against the numpy judge, forward and gradients, both modes, every engine found here.
 
 `--engine NAME` runs the same cases on another engine, such as those of Ascend hardware.
 """
@@ -8,10 +8,10 @@ import inspect
 import mindspore as ms
 import numpy as np
 import pytest
-from conformance import Case
 from mindspore import Tensor, nn
 from support.cells import ENGINES_HERE, assert_right, dtype_for, for_engine, run_cell, tensor
 
+from conformance import Case
 from flash_attention.core import dropout
 from flash_attention.nn.layer.flash_attention import FlashAttention
 from flash_attention.ops import flash_attention

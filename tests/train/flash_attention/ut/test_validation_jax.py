@@ -71,7 +71,7 @@ def test_float64():
         "but got float64. Cast it, or call jax.config.update('jax_enable_x64', True)."
     )
     fails(TypeError, message, flash_attention, x, x, x)
-    with jax.experimental.enable_x64():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         error, message = refused(
             "xla", "dtype", "float16, bfloat16 or float32", "float64", "Use implementation='reference' for float64.",
             layer="flash_attention",
@@ -141,6 +141,7 @@ import jax, jax.numpy as jnp
 from flash_attention.jax import flash_attention
 a, b = jax.devices()
 x = jnp.ones((1, 8, 1, 4))
+print(a, b, sep="|")
 try:
     flash_attention(jax.device_put(x, a), jax.device_put(x, a), jax.device_put(x, b))
 except ValueError as error:
@@ -152,7 +153,9 @@ def test_tensors_on_different_devices():
     path = os.pathsep.join(sys.path)
     env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=2", PYTHONPATH=path, JAX_PLATFORMS="cpu")
     printed = subprocess.run([sys.executable, "-c", DEVICES], env=env, capture_output=True, text=True, timeout=120)
-    assert printed.stdout.strip() == (
-        "For 'flash_attention', 'value' must be on the same devices as query, ['TFRT_CPU_0'], but got ['TFRT_CPU_1']. "
+    assert printed.returncode == 0, printed.stderr
+    names, message = printed.stdout.strip().splitlines()  # versions of JAX name the devices differently
+    assert message == (
+        "For 'flash_attention', 'value' must be on the same devices as query, ['{}'], but got ['{}']. "
         "Move it with jax.device_put."
-    ), printed.stderr
+    ).format(*names.split("|"))

@@ -5,11 +5,12 @@ CPU kernels exist for uint32 multiply, xor, shift and compare; constants and col
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 from mindspore.ops import operations as P
 
 from flash_attention.core import dropout
+from flash_attention.ops.host import HostFunction
 from flash_attention.ops.portable.scores import cast, ones_like, reshape, take_columns, take_rows
 
 _xor = P.BitwiseXor()
@@ -57,7 +58,7 @@ class RowKeys(nn.Cell):
 class RowKeep(nn.Cell):
     """One row's keep factors: 1 / (1 - rate) where kept, else 0; fp32, grouped (B, Nkv, group * rows, keys).
 
-    On the CPU numpy makes them (``pyfunc``): MindSpore's integer products there hold 16 bytes an element for as long as
+    On the CPU numpy makes them: MindSpore's integer products there hold 16 bytes an element for as long as
     the graph lives, 88 KB a token and head instead of 10, and take eight passes at a tenth of numpy's speed.
     """
 
@@ -78,7 +79,7 @@ class RowKeep(nn.Cell):
             def host(row_keys):
                 return host_keep(row_keys, column, spec.dropout_rate).reshape(shape)
 
-            self.on_host = ops.Custom(host, lambda keys: shape, lambda keys: mstype.float32, func_type="pyfunc")
+            self.on_host = HostFunction(host, 1, lambda keys: shape, lambda keys: mstype.float32)
 
     def construct(self, row_keys):
         row_keys = take_rows(row_keys, self.first, self.rows)
