@@ -60,8 +60,8 @@ class EngineTable:
 
     def check_name(self, requested, layer="flash_attention", argument=None):
         """Raise ValueError when ``requested`` is neither an automatic choice nor a registered engine."""
-        known = requested is None or isinstance(requested, str) and (requested in self.auto or requested in self._engines)
-        if not known:
+        names = self.auto + tuple(self._engines)
+        if not (requested is None or isinstance(requested, str) and requested in names):
             names = ", ".join(repr(name) for name in ["auto"] + self.names())
             raise invalid_value(layer, argument or self.argument, "one of {}".format(names), repr(requested))
 

@@ -74,6 +74,14 @@ def tensors(spec):
     )
 
 
+@pytest.fixture(autouse=True)
+def synchronous():
+    """PyNative reports an operator's error at some later call unless it waits for each operator."""
+    ms.set_context(pynative_synchronize=True)
+    yield
+    ms.set_context(pynative_synchronize=False)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_forward_is_inferred(name):
     spec = SPECS[name]

@@ -132,7 +132,7 @@ def call_of(case, implementation="xla"):
     return attend, (*arrays, wanted)
 
 
-def close(found, want, atol=2e-5):
+def assert_near(found, want, atol=2e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), found, want)
 
 
@@ -150,8 +150,8 @@ def test_jit_grad_and_checkpoint():
     attend, arguments = call_of(CASE)
     want = jax.grad(scalar(call_of(CASE, "reference")[0]), (0, 1, 2, 3))(*arguments)
     for function in (attend, jax.jit(attend), jax.checkpoint(attend)):
-        close(jax.grad(scalar(function), (0, 1, 2, 3))(*arguments), want, 1e-4)
-    close(jax.jit(jax.grad(scalar(jax.checkpoint(attend)), (0, 1, 2, 3)))(*arguments), want, 1e-4)
+        assert_near(jax.grad(scalar(function), (0, 1, 2, 3))(*arguments), want, 1e-4)
+    assert_near(jax.jit(jax.grad(scalar(jax.checkpoint(attend)), (0, 1, 2, 3)))(*arguments), want, 1e-4)
 
 
 def test_vmap():
@@ -159,10 +159,10 @@ def test_vmap():
     many = [jnp.stack([x, x * 0.5, -x]) for x in (q, k, v)]
     want = [attend(a, b, c, wanted) for a, b, c in zip(*many)]
     found = jax.vmap(attend, in_axes=(0, 0, 0, None))(*many, wanted)
-    close(found, jax.tree.map(lambda *parts: jnp.stack(parts), *want), 1e-6)
+    assert_near(found, jax.tree.map(lambda *parts: jnp.stack(parts), *want), 1e-6)
     gradient = jax.grad(scalar(attend))
     found = jax.vmap(gradient, in_axes=(0, 0, None, None))(many[0], many[1], v, wanted)
-    close(found, jnp.stack([gradient(a, b, v, wanted) for a, b in zip(*many[:2])]), 1e-5)
+    assert_near(found, jnp.stack([gradient(a, b, v, wanted) for a, b in zip(*many[:2])]), 1e-5)
 
 
 def test_scan_over_a_traced_offset():
@@ -175,14 +175,14 @@ def test_scan_over_a_traced_offset():
         return None, flash_attention(one, k, v, is_causal=True, q_offset=i)[:, 0]
 
     _, found = jax.lax.scan(step, None, jnp.arange(20))
-    close(found.swapaxes(0, 1), want, 2e-6)
+    assert_near(found.swapaxes(0, 1), want, 2e-6)
 
 
 def test_only_the_lse():
     """A loss on the LSE alone."""
     attend, arguments = call_of(CASE)
     want = jax.grad(lambda *a: (call_of(CASE, "reference")[0](*a)[1] ** 2).sum(), (0, 1))(*arguments)
-    close(jax.grad(lambda *a: (attend(*a)[1] ** 2).sum(), (0, 1))(*arguments), want, 1e-4)
+    assert_near(jax.grad(lambda *a: (attend(*a)[1] ** 2).sum(), (0, 1))(*arguments), want, 1e-4)
 
 
 def test_integers_are_taken_as_lengths_and_offset():

@@ -16,7 +16,7 @@ from flash_attention.jax import FlashAttention, flash_attention
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 
 
-def fails(error, message, call, *args, **kwargs):
+def expect_error(error, message, call, *args, **kwargs):
     with pytest.raises(error) as caught:
         call(*args, **kwargs)
     assert type(caught.value) is error
@@ -29,14 +29,14 @@ def arrays(tensors):
 
 @pytest.mark.parametrize("bad", CONSTRUCTOR, ids=lambda bad: bad.name)
 def test_constructor(bad):
-    fails(bad.error, bad.message, FlashAttention, **dict({"head_dim": 64}, **bad.options))
+    expect_error(bad.error, bad.message, FlashAttention, **dict({"head_dim": 64}, **bad.options))
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("bad", CELL, ids=lambda bad: bad.name)
 def test_class(bad, jit):
     layer = FlashAttention(16, **bad.options)
-    fails(bad.error, bad.message, jax.jit(layer) if jit else layer, **arrays(cell_tensors(bad)))
+    expect_error(bad.error, bad.message, jax.jit(layer) if jit else layer, **arrays(cell_tensors(bad)))
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
@@ -45,23 +45,23 @@ def test_function(bad, jit):
     def call(**tensors):
         return flash_attention(**tensors, **bad.options)
 
-    fails(bad.error, bad.message, jax.jit(call) if jit else call, **arrays(function_tensors(bad)))
+    expect_error(bad.error, bad.message, jax.jit(call) if jit else call, **arrays(function_tensors(bad)))
 
 
 def test_unknown_implementation():
     x = jnp.ones((1, 8, 1, 4))
     need = "one of 'auto', 'xla', 'reference'"
     message = "For 'flash_attention', 'implementation' must be {}, but got 'cudnn'.".format(need)
-    fails(ValueError, message, flash_attention, x, x, x, implementation="cudnn")
+    expect_error(ValueError, message, flash_attention, x, x, x, implementation="cudnn")
     message = "For 'FlashAttention', 'engine' must be {}, but got 'cudnn'.".format(need)
-    fails(ValueError, message, FlashAttention, 64, engine="cudnn")
+    expect_error(ValueError, message, FlashAttention, 64, engine="cudnn")
 
 
 @pytest.mark.parametrize("name", ["dp", "mp"])
 def test_class_is_not_split_by_hand(name):
     message = "For 'FlashAttention', '{}' must be 1 in JAX, but got 2. ".format(name)
     message += "Shard the inputs with jax.sharding; the call follows them."
-    fails(UnsupportedError, message, FlashAttention, 64, **{name: 2})
+    expect_error(UnsupportedError, message, FlashAttention, 64, **{name: 2})
 
 
 def test_float64():
@@ -70,13 +70,13 @@ def test_float64():
         "For 'flash_attention', 'query' must be of dtype float16, bfloat16 or float32 unless jax_enable_x64 is set, "
         "but got float64. Cast it, or call jax.config.update('jax_enable_x64', True)."
     )
-    fails(TypeError, message, flash_attention, x, x, x)
+    expect_error(TypeError, message, flash_attention, x, x, x)
     with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         error, message = refused(
             "xla", "dtype", "float16, bfloat16 or float32", "float64", "Use implementation='reference' for float64.",
             layer="flash_attention",
         )  # fmt: skip
-        fails(error, message, flash_attention, x, x, x, implementation="xla")
+        expect_error(error, message, flash_attention, x, x, x, implementation="xla")
         assert flash_attention(x, x, x, implementation="reference").dtype == np.float64
 
 
@@ -86,23 +86,25 @@ def test_negative_float_mask_is_a_bias():
         "For 'flash_attention', 'mask' must be boolean or >= 0 (keep where True or > 0), but got a float mask with "
         "negative values. Pass an additive mask as bias=."
     )
-    fails(ValueError, message, flash_attention, x, x, x, mask=jnp.full((8, 8), -1e9))
+    expect_error(ValueError, message, flash_attention, x, x, x, mask=jnp.full((8, 8), -1e9))
 
 
 def test_both_ways_to_ask_for_the_lse():
     x = jnp.ones((1, 8, 1, 4))
     message = "For 'flash_attention', 'return_residual' must be False when return_lse=True, but got True. "
     message += "Both return the LSE."
-    fails(ValueError, message, flash_attention, x, x, x, return_lse=True, return_residual=True)
+    expect_error(ValueError, message, flash_attention, x, x, x, return_lse=True, return_residual=True)
 
 
 def test_key_and_seed():
     layer = FlashAttention(4, 0.1)
     x = jnp.ones((1, 1, 8, 4))
     message = "For 'FlashAttention', 'dropout_rng' must be None when dropout_seed is given, but got a key."
-    fails(ValueError, message, layer, x, x, x, deterministic=False, dropout_seed=1, dropout_rng=jax.random.key(0))
+    expect_error(
+        ValueError, message, layer, x, x, x, deterministic=False, dropout_seed=1, dropout_rng=jax.random.key(0)
+    )
     message = "For 'FlashAttention', 'dropout_seed' must be given when dropout_rate > 0, but got None."
-    fails(ValueError, message, layer, x, x, x, deterministic=False)
+    expect_error(ValueError, message, layer, x, x, x, deterministic=False)
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
@@ -116,9 +118,9 @@ def test_flags_are_bools(jit):
         return FlashAttention(4)(x, x, x, deterministic=1)
 
     message = "For 'flash_attention', 'return_residual' must be a bool, but got 1 (int)."
-    fails(TypeError, message, jax.jit(functional) if jit else functional, x)
+    expect_error(TypeError, message, jax.jit(functional) if jit else functional, x)
     message = "For 'FlashAttention', 'deterministic' must be a bool, but got 1 (int)."
-    fails(TypeError, message, jax.jit(twin) if jit else twin, x)
+    expect_error(TypeError, message, jax.jit(twin) if jit else twin, x)
 
 
 def test_wrong_kind_of_number():
@@ -127,13 +129,13 @@ def test_wrong_kind_of_number():
         ("dropout_seed", 1.5, "float32"), ("dropout_seed", True, "bool"), ("query_seq_lengths", 2.5, "float32"),
     ):  # fmt: skip
         message = "For 'flash_attention', '{}' must be of integer dtype, but got {}.".format(name, dtype)
-        fails(TypeError, message, flash_attention, x, x, x, **{name: value})
+        expect_error(TypeError, message, flash_attention, x, x, x, **{name: value})
 
 
 def test_seed_of_the_class():
     layer, x = FlashAttention(4, 0.1), jnp.ones((1, 1, 8, 4))
     message = "For 'FlashAttention', 'dropout_seed' must be in [0, 2**32), but got -1."
-    fails(ValueError, message, layer, x, x, x, deterministic=False, dropout_seed=-1)
+    expect_error(ValueError, message, layer, x, x, x, deterministic=False, dropout_seed=-1)
 
 
 DEVICES = """

@@ -69,7 +69,7 @@ def way(request):
     ms.set_context(mode=before)
 
 
-def fails(error, message, call, *args, **kwargs):
+def expect_error(error, message, call, *args, **kwargs):
     with pytest.raises(error) as caught:
         call(*args, **kwargs)
     assert type(caught.value) is error
@@ -83,7 +83,7 @@ def tensor(entry):
 
 @pytest.mark.parametrize("bad", CONSTRUCTOR, ids=lambda bad: bad.name)
 def test_constructor(bad):
-    fails(bad.error, bad.message, FlashAttention, **dict({"head_dim": 64}, **bad.options))
+    expect_error(bad.error, bad.message, FlashAttention, **dict({"head_dim": 64}, **bad.options))
 
 
 @pytest.mark.parametrize("bad", CELL, ids=lambda bad: bad.name)
@@ -92,13 +92,13 @@ def test_cell(bad, way):
     inputs = [tensor(tensors[name]) for name in ("query", "key", "value")]
     for name in ("attention_mask", "alibi_mask"):
         inputs.append(tensor(tensors[name]) if name in tensors else None)
-    fails(bad.error, bad.message, way(FlashAttention(16, **bad.options)), *inputs)
+    expect_error(bad.error, bad.message, way(FlashAttention(16, **bad.options)), *inputs)
 
 
 @pytest.mark.parametrize("bad", FUNCTION, ids=lambda bad: bad.name)
 def test_function(bad):
     tensors = {name: tensor(entry) for name, entry in function_tensors(bad).items()}
-    fails(bad.error, bad.message, flash_attention, **dict(tensors, **bad.options))
+    expect_error(bad.error, bad.message, flash_attention, **dict(tensors, **bad.options))
 
 
 @pytest.mark.parametrize("bad", FUNCTION, ids=lambda bad: bad.name)
@@ -108,7 +108,9 @@ def test_function_in_a_graph(bad):
     before = ms.get_context("mode")
     ms.set_context(mode=ms.GRAPH_MODE)
     try:
-        fails(bad.error, bad.message, Function(tuple(tensors), bad.options), query, key, value, *tensors.values())
+        expect_error(
+            bad.error, bad.message, Function(tuple(tensors), bad.options), query, key, value, *tensors.values()
+        )
     finally:
         ms.set_context(mode=before)
 
@@ -116,10 +118,10 @@ def test_function_in_a_graph(bad):
 def test_unknown_engine(way):
     names = ", ".join(repr(name) for name in ["auto"] + ENGINES.names())
     message = "For 'FlashAttention', 'engine' must be one of {}, but got 'cuda'.".format(names)
-    fails(ValueError, message, FlashAttention, 64, engine="cuda")
+    expect_error(ValueError, message, FlashAttention, 64, engine="cuda")
     x = Tensor(np.ones((1, 8, 1, 4), np.float32))
     message = "For 'flash_attention', 'engine' must be one of {}, but got 'cuda'.".format(names)
-    fails(ValueError, message, way(Function((), {"engine": "cuda"})), x, x, x)
+    expect_error(ValueError, message, way(Function((), {"engine": "cuda"})), x, x, x)
 
 
 OTHER = "Use engine='portable', or leave the choice to 'auto'."
@@ -134,7 +136,7 @@ def test_engine_that_cannot_run_here(way):
         layer = layer or "flash_attention"
         error, message = refused("tik", "engine", need, got, OTHER, layer=layer)
         assert message == reason.message(layer, "tik")  # what `info` prints
-        fails(error, message, way(cell), x, x, x)
+        expect_error(error, message, way(cell), x, x, x)
 
 
 @pytest.mark.skipif(ms.get_context("device_target") != "CPU", reason="the operator may run here")
@@ -144,7 +146,7 @@ def test_vendor_operator_off_the_device(way):
     error, message = refused("aclnn", "engine", need, "CPU", OTHER)
     reason = ENGINES["aclnn"].supports(AttentionSpec(1, 1, 1, 8, 8, 16, "float16"))
     assert message == reason.message("FlashAttention", "aclnn")
-    fails(error, message, way(FlashAttention(16, engine="aclnn")), x, x, x)
+    expect_error(error, message, way(FlashAttention(16, engine="aclnn")), x, x, x)
 
 
 def test_float64(way):
@@ -153,7 +155,7 @@ def test_float64(way):
         "portable", "dtype", "float16, bfloat16 or float32", "float64", "Cast the inputs to float32."
     )
     for engine in ("portable", None):
-        fails(error, message, way(FlashAttention(16, engine=engine)), x, x, x)
+        expect_error(error, message, way(FlashAttention(16, engine=engine)), x, x, x)
 
 
 def test_head_dim_too_large_for_the_kernels(monkeypatch):
@@ -186,7 +188,7 @@ def test_seed_of_the_cell(seed, error, text, way):
     cell = way(FlashAttention(16, 0.1).set_train())
     if isinstance(cell, Outer):
         cell.set_train()
-    fails(error, "For 'FlashAttention', 'dropout_seed' must be " + text, cell, x, x, x, None, None, seed)
+    expect_error(error, "For 'FlashAttention', 'dropout_seed' must be " + text, cell, x, x, x, None, None, seed)
 
 
 PLAIN = [
@@ -202,7 +204,7 @@ PLAIN = [
 def test_plain_arguments_that_may_be_tensors(name, value, error, text, way):
     x = Tensor(np.ones((1, 8, 1, 4), np.float32))
     call = way(Function((), {name: value}))
-    fails(error, "For 'flash_attention', '{}' must be {}".format(name, text), call, x, x, x)
+    expect_error(error, "For 'flash_attention', '{}' must be {}".format(name, text), call, x, x, x)
 
 
 def test_negative_float_mask_is_a_bias():
@@ -212,7 +214,7 @@ def test_negative_float_mask_is_a_bias():
         "For 'flash_attention', 'mask' must be boolean or >= 0 (keep where True or > 0), but got a float mask with "
         "negative values. Pass an additive mask as bias=."
     )
-    fails(ValueError, message, flash_attention, x, x, x, mask=Tensor(np.full((8, 8), -1e9, np.float32)))
+    expect_error(ValueError, message, flash_attention, x, x, x, mask=Tensor(np.full((8, 8), -1e9, np.float32)))
 
 
 @pytest.mark.parametrize(
@@ -227,4 +229,4 @@ def test_negative_float_mask_is_a_bias():
 def test_strategy(strategy, message):
     need = "a tuple of tuples of ints for (query, key, value[, attention_mask[, alibi_mask]]), query (dp, mp, 1, 1)"
     message = "For 'FlashAttention', 'in_strategy' must be {}, but got {}.".format(need, message)
-    fails(ValueError, message, FlashAttention(16).shard, strategy)
+    expect_error(ValueError, message, FlashAttention(16).shard, strategy)
