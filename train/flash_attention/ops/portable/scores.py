@@ -28,6 +28,7 @@ mul = P.Mul()
 ones_like = P.OnesLike()
 zeros_like = P.ZerosLike()
 _slice = P.Slice()
+_tile = P.Tile()
 
 
 def take_rows(x, first, count):
@@ -191,6 +192,12 @@ class PieceScores(nn.Cell):
         self.apart = apart
         self.hidden = constants.grouped(piece.hidden)
         self.hides = piece.hidden is not None
+        self.known_batch = spec.batch > 0
+        if self.hides:
+            shape = self.hidden.shape
+            self.spread_hidden = shape[0] * shape[1] < spec.batch * spec.kv_heads
+            self.kv_copies = (max(1, spec.batch), spec.kv_heads, 1, 1)
+        self.copies = (max(1, spec.batch), spec.heads, 1, 1)
         self.alibi = linear_alibi(spec)
         self.line, bend = alibi_tables(spec, row, piece) if self.alibi else (None, None)
         self.line, self.bend = constants.plain(self.line), constants.plain(bend)
@@ -225,9 +232,12 @@ class PieceScores(nn.Cell):
         if self.bends:
             s = self.add_plain(s, slopes * self.bend)
         if self.owns:
-            s = self.add_plain(s, P.Gather()(own, self.own_index, 0))
+            term = P.Gather()(own, self.own_index, 0)
+            s = self.add_plain(s, _tile(term, self.copies) if self.known_batch else term)
         if self.hides:
-            s = add(s, self.hidden)
+            # A sum that broadcasts keeps 16 bytes an element as long as the graph lives: copies are cheaper. depend()
+            # stops the compiler from storing the copies as a constant of every row.
+            s = add(s, _tile(depend(self.hidden, s), self.kv_copies) if self.spread_hidden else self.hidden)
         return s
 
     def add_plain(self, s, term):
