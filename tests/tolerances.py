@@ -76,15 +76,19 @@ def allowed(want, naive, dtype, direction):
 _MEANINGLESS = 64.0  # a naive error beyond so many eps of the largest value
 
 
-def assert_close(got, want, naive, dtype, direction):
-    """Fail unless every tensor of `got` is as close to the float64 one in `want` as the table asks."""
+SLACK_OF_MANY = 1.5
+"""Factor on the bound where hundreds of draws are checked (the slow grid, the random calls): some are extreme."""
+
+
+def assert_close(got, want, naive, dtype, direction, slack=1.0):
+    """Fail unless every tensor of `got` is as close to the float64 one in `want` as `slack` times the table asks."""
     limits = allowed(want, naive, dtype, direction)
     for name in want:
         result = np.asarray(got[name], np.float64)
         assert result.shape == np.shape(want[name]), "{}: shape {}, not {}".format(
             name, result.shape, np.shape(want[name])
         )
-        found, limit = error(result, want[name]), limits[name]
+        found, limit = error(result, want[name]), slack * limits[name]
         assert found <= limit, "{}: error {:.3g}, allowed {:.3g} ({:.2f} times); largest value {:.3g}".format(
             name, found, limit, found / limit if limit else float("inf"), largest(want[name])
         )
