@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 
 @pytest.fixture
 def x64():
-    with jax.experimental.enable_x64():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         yield
 
 

@@ -238,7 +238,7 @@ def test_class_drops_in_training_only():
 def test_float64_is_the_judge():
     case = Case(lengths=(30, 40), head_dim=8, band="window", logits="cap")
     inputs = make_inputs(case)
-    with jax.experimental.enable_x64():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         q, k, v = (np.asarray(x, np.float64) for x in inputs[1:4])
         out, lse = flash_attention(q, k, v, implementation="reference", return_lse=True, **case.options)
         assert out.dtype == lse.dtype == jnp.float64

@@ -1,5 +1,6 @@
 """Random configurations drawn by hypothesis, the portable MindSpore engine: 250 calls against the float64 reference."""
 
+import mindspore  # noqa: F401  (conftest leaves this file out where it is missing)
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from support.mindspore_engines import MindSporeEngine, engines_here
