@@ -10,8 +10,6 @@ from mindspore import nn, ops
 
 from flash_attention.core.spec import Operands
 
-_DIFFERENTIABLE = ("bias", "slopes", "sinks")
-
 
 class AttentionCell(nn.Cell):
     """One spec's attention: ``cell(query, key, value, *operands) -> (out, lse)``.
