@@ -242,3 +242,13 @@ def refused(engine, argument, need, got, remedy, layer="FlashAttention"):
     """(type, message) of an engine's refusal."""
     text = "For '{}' (engine '{}'), '{}' must be {}, but got {}. {}"
     return UnsupportedError, text.format(layer, engine, argument, need, got, remedy)
+
+
+# (argument, value, error, text): scalar arguments that may be tensors; none is converted silently.
+PLAIN = [
+    ("dropout_seed", 1.5, TypeError, "None, an int or an int tensor, but got 1.5."),
+    ("dropout_seed", True, TypeError, "None, an int or an int tensor, but got True."),
+    ("query_seq_lengths", 2.5, TypeError, "None, an int or an int tensor, but got 2.5."),
+    ("key_value_seq_lengths", "8", TypeError, "None, an int or an int tensor, but got '8'."),
+    ("q_offset", True, TypeError, "None, an int or an integer tensor, but got True."),
+]

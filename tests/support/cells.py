@@ -8,11 +8,10 @@ from dataclasses import replace
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
-from support.mindspore_engines import Functions, engines_here
+from support.mindspore_engines import engines_here, naive_functions
 
-from conformance import make_inputs, naive_lse, run_naive, run_reference
+from conformance import assert_matches, make_inputs
 from flash_attention.nn.layer.flash_attention import FlashAttention
-from tolerances import FORWARD, GRADIENTS, assert_close
 
 ENGINES_HERE = engines_here()
 ON_ASCEND = ("tik", "aclnn")  # these take no float32
@@ -99,17 +98,7 @@ def run_cell(case, engine):
 
 def assert_right(got, case, engine):
     """As `conformance.assert_matches`; the slopes of alibi=True are constants and have no gradient."""
-    functions = None if engine == "jax" else Functions
-    want, naive = run_reference(case), run_naive(case, functions)
-    assert set(want) - set(got) <= {"slopes"} and set(got) <= set(want)
-
-    def compare(names, runs, dtype, direction):
-        chosen = [{name: results[name] for name in names} for results in (got, want) + tuple(runs)]
-        assert_close(chosen[0], chosen[1], chosen[2:], dtype, direction)
-
-    compare(["lse"], naive_lse(case, functions), "float32", FORWARD)
-    compare(["out"], naive, case.dtype, FORWARD)
-    compare([name for name in got if name not in ("out", "lse")], naive, case.dtype, GRADIENTS)
+    assert_matches({case: got}, naive_functions(engine), without=["slopes"])
 
 
 class NaiveAttention(nn.Cell):

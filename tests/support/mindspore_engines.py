@@ -75,12 +75,21 @@ class Functions:
         return ops.log(Tensor(np.asarray(x, np.float32))).asnumpy()
 
 
+def naive_functions(engine):
+    """Functions of the naive implementation beside `engine`: those of the framework that computes."""
+    if engine != "jax":
+        return Functions
+    from support import jax_engines
+
+    return jax_engines.Functions
+
+
 class MindSporeEngine:
     """An engine of the MindSpore front end in one mode; `run(case)` gives numpy results by name, BNSD."""
 
     def __init__(self, name, mode=ms.PYNATIVE_MODE):
         self.name, self.mode = name, mode
-        self.functions = None if name == "jax" else Functions
+        self.functions = naive_functions(name)
 
     def __str__(self):
         return self.name + ("-graph" if self.mode == ms.GRAPH_MODE else "")

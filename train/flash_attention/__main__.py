@@ -1,4 +1,5 @@
 """`python -m flash_attention info | check | plan | bench`: hands over to :mod:`flash_attention.tools.cli`."""
+
 import sys
 
 from flash_attention.tools.cli import main

@@ -99,6 +99,24 @@ def check_scale(layer, value):
     return float(value)
 
 
+def check_length(layer, name, value):
+    """Raise unless ``value`` is an int >= 0: one length for the whole batch. Returns it as a Python int."""
+    if not is_int(value):
+        raise invalid_type(layer, name, "None, an int or an int tensor", repr(value))
+    if value < 0:
+        raise invalid_value(layer, name, "at least 0", value)
+    return int(value)
+
+
+def check_seed(layer, value):
+    """Raise unless ``value`` is an int that fits uint32, rather than wrap it silently. Returns it as a Python int."""
+    if not is_int(value):
+        raise invalid_type(layer, "dropout_seed", "None, an int or an int tensor", repr(value))
+    if not 0 <= value < 2**32:
+        raise invalid_value(layer, "dropout_seed", "in [0, 2**32)", value)
+    return int(value)
+
+
 def check_window(layer, value):
     """Normalise ``local_window_size``: None, an int w (both sides) or (left, right), each None or an int >= 0."""
     if value is None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from flash_attention.core.errors import invalid_type, invalid_value
 from flash_attention.core.spec import NO_LIMIT, Operands
-from flash_attention.core.validation import Options, TensorInfo, check_bool, is_int, make_spec
+from flash_attention.core.validation import Options, TensorInfo, check_bool, check_length, check_seed, make_spec
 from flash_attention.jax.engines import ENGINES
 
 LAYER = "flash_attention"
@@ -184,20 +184,21 @@ def _batch_of_one(x):
 
 def _lengths(layer, name, value, query):
     """An int stands for every row of the batch."""
-    if not is_int(value):
+    if _is_array(value):
         return value
-    if value < 0:
-        raise invalid_value(layer, name, "at least 0", value)
-    return np.full(np.shape(query)[:1], value, np.int32)
+    return np.full(np.shape(query)[:1], check_length(layer, name, value), np.int32)
 
 
 def _seed(layer, seed):
-    """A Python int becomes uint32; one out of range is an error rather than silently wrapped."""
-    if not is_int(seed):
+    """A Python int becomes uint32."""
+    if _is_array(seed):
         return seed
-    if not 0 <= seed < 2**32:
-        raise invalid_value(layer, "dropout_seed", "in [0, 2**32)", seed)
-    return np.uint32(seed)
+    return np.uint32(check_seed(layer, seed))
+
+
+def _is_array(x):
+    """True for None, arrays, traced values and lists: what `make_spec` checks by shape and dtype."""
+    return x is None or hasattr(x, "ndim") or np.ndim(x) > 0
 
 
 def _is_concrete(x):

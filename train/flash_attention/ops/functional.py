@@ -13,7 +13,7 @@ from mindspore.ops.primitive import constexpr
 
 from flash_attention.core.errors import invalid_type, invalid_value
 from flash_attention.core.spec import NO_LIMIT, Operands
-from flash_attention.core.validation import Options, TensorInfo, check_bool, is_int, make_spec
+from flash_attention.core.validation import Options, TensorInfo, check_bool, check_length, check_seed, make_spec
 from flash_attention.ops.engines import ENGINES
 from flash_attention.ops.host import is_eager
 
@@ -217,14 +217,11 @@ def _vector(name, value, query):
 
 @constexpr
 def _constant_vector(name, value, query_shape):
-    if not is_int(value):
-        raise invalid_type(LAYER, name, "None, an int or an int tensor", repr(value))
-    if value < 0:
-        raise invalid_value(LAYER, name, "at least 0", value)
+    length = check_length(LAYER, name, value)
     batch = query_shape[0] if query_shape else 1  # a wrong rank is reported by resolve()
     if batch is None or batch < 0:
         raise invalid_value(LAYER, name, "a tensor of shape (B,) when the batch is dynamic", value)
-    return Tensor(np.full((batch,), value, np.int32))
+    return Tensor(np.full((batch,), length, np.int32))
 
 
 def seed_tensor(layer, seed):
@@ -236,8 +233,4 @@ def seed_tensor(layer, seed):
 
 @constexpr
 def _constant_seed(layer, seed):
-    if not is_int(seed):
-        raise invalid_type(layer, "dropout_seed", "None, an int or an int tensor", repr(seed))
-    if not 0 <= seed < 2**32:
-        raise invalid_value(layer, "dropout_seed", "in [0, 2**32)", seed)
-    return Tensor(np.asarray(seed, np.uint32))
+    return Tensor(np.asarray(check_seed(layer, seed), np.uint32))

@@ -123,7 +123,6 @@ def test_script_from_start_to_end(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="new: not yet run to the end under pytest")
 def test_the_real_run(tmp_path, figure):
     code, printed, stored = run_script(tmp_path, timeout=850)
     ours, naive = stored["flash"], stored["naive"]

@@ -8,7 +8,6 @@ import pytest
 from support.mindspore_engines import MindSporeEngine, engines_here
 
 from conformance import check, tagged
-from tolerances import SLACK_OF_MANY
 
 pytestmark = [
     pytest.mark.level0,
@@ -48,4 +47,4 @@ def test_graph(case, engine):
 @pytest.mark.parametrize("engine", FULL, ids=str)
 @pytest.mark.parametrize("case", tagged("long"), ids=str)
 def test_rest_of_the_grid(case, engine):
-    check(engine, case, SLACK_OF_MANY)
+    check(engine, case)

@@ -20,14 +20,19 @@ PACKAGES = {"flash_attention": "train", "flash_attention_infer": "infer"}
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 
 
-def run(*command, cwd, **variables):
-    """Run a command away from this process's own PYTHONPATH; its output is the message when it fails."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def clean_environment(**variables):
+    """This process's environment without its PYTHONPATH and without settings of build.sh, and with `variables`."""
+    env = {name: x for name, x in os.environ.items() if name != "PYTHONPATH" and not name.startswith("FLASH_")}
     env.update({name: str(value) for name, value in variables.items()})
+    return env
+
+
+def run(*command, cwd, **variables):
+    """Run a command in a clean environment; its output is the message when it fails."""
     done = subprocess.run(
         [str(word) for word in command],
         cwd=str(cwd),
-        env=env,
+        env=clean_environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=600,
@@ -171,7 +176,7 @@ def test_setup_py_install_in_train_installs_the_same_files(environment, tmp_path
 
 def test_build_sh_names_the_remedy_for_a_wrong_interpreter(sources):
     done = subprocess.run(
-        ["bash", "build.sh", "env"], cwd=str(sources), env=dict(os.environ, FLASH_PYTHON="no-such-python"),
+        ["bash", "build.sh", "env"], cwd=str(sources), env=clean_environment(FLASH_PYTHON="no-such-python"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.bad_calls import CELL, CONSTRUCTOR, FUNCTION, cell_tensors, function_tensors, refused
+from support.bad_calls import CELL, CONSTRUCTOR, FUNCTION, PLAIN, cell_tensors, function_tensors, refused
 
 from flash_attention.core.errors import UnsupportedError
 from flash_attention.jax import FlashAttention, flash_attention
@@ -123,13 +123,11 @@ def test_flags_are_bools(jit):
     expect_error(TypeError, message, jax.jit(twin) if jit else twin, x)
 
 
-def test_wrong_kind_of_number():
+@pytest.mark.parametrize("name, value, error, text", PLAIN)
+def test_plain_arguments_that_may_be_arrays(name, value, error, text):
     x = jnp.ones((1, 8, 1, 4))
-    for name, value, dtype in (
-        ("dropout_seed", 1.5, "float32"), ("dropout_seed", True, "bool"), ("query_seq_lengths", 2.5, "float32"),
-    ):  # fmt: skip
-        message = "For 'flash_attention', '{}' must be of integer dtype, but got {}.".format(name, dtype)
-        expect_error(TypeError, message, flash_attention, x, x, x, **{name: value})
+    message = "For 'flash_attention', '{}' must be {}".format(name, text)
+    expect_error(error, message, flash_attention, x, x, x, **{name: value})
 
 
 def test_seed_of_the_class():

@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from support.bad_calls import CELL, CONSTRUCTOR, FUNCTION, cell_tensors, function_tensors, refused
+from support.bad_calls import CELL, CONSTRUCTOR, FUNCTION, PLAIN, cell_tensors, function_tensors, refused
 
 from flash_attention.core.spec import AttentionSpec
 from flash_attention.nn.layer.flash_attention import FlashAttention
@@ -191,20 +191,21 @@ def test_seed_of_the_cell(seed, error, text, way):
     expect_error(error, "For 'FlashAttention', 'dropout_seed' must be " + text, cell, x, x, x, None, None, seed)
 
 
-PLAIN = [
-    ("dropout_seed", 1.5, TypeError, "None, an int or an int tensor, but got 1.5."),
-    ("dropout_seed", True, TypeError, "None, an int or an int tensor, but got True."),
-    ("query_seq_lengths", 2.5, TypeError, "None, an int or an int tensor, but got 2.5."),
-    ("key_value_seq_lengths", "8", TypeError, "None, an int or an int tensor, but got '8'."),
-    ("q_offset", True, TypeError, "None, an int or an integer tensor, but got True."),
-]
-
-
 @pytest.mark.parametrize("name, value, error, text", PLAIN)
 def test_plain_arguments_that_may_be_tensors(name, value, error, text, way):
     x = Tensor(np.ones((1, 8, 1, 4), np.float32))
     call = way(Function((), {name: value}))
     expect_error(error, "For 'flash_attention', '{}' must be {}".format(name, text), call, x, x, x)
+
+
+@pytest.mark.parametrize("place", ["query", "value", "attention_mask"])
+@pytest.mark.parametrize("kind", [np.ndarray, list, int])
+def test_what_is_no_tensor(place, kind, way):
+    array = np.ones((1, 1, 8, 16), np.float32)
+    given = {"query": Tensor(array), "key": Tensor(array), "value": Tensor(array), "attention_mask": None}
+    given[place] = {np.ndarray: array, list: array.tolist(), int: 3}[kind]
+    message = "For 'FlashAttention', '{}' must be a Tensor, but got {}.".format(place, kind.__name__)
+    expect_error(TypeError, message, way(FlashAttention(16)), *given.values())
 
 
 def test_negative_float_mask_is_a_bias():

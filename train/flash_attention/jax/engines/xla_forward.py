@@ -65,10 +65,7 @@ def start_of(spec, geo):
 def bounded(spec):
     """True when the soft cap alone keeps exp(score) finite, so that no running maximum is needed."""
     return (
-        spec.soft_cap is not None
-        and spec.soft_cap <= SAFE_CAP
-        and spec.bias_shape is None
-        and spec.alibi_shape is None
+        spec.soft_cap is not None and spec.soft_cap <= SAFE_CAP and spec.bias_shape is None and spec.alibi_shape is None
     )
 
 

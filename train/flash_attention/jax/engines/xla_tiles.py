@@ -415,6 +415,4 @@ def clean(x, extras, flip=False):
 
 def kept(spec, row_key, column, flip):
     """Boolean tile of what dropout keeps."""
-    return dropout.keep_from_keys(
-        jnp, row(row_key, flip), col(dropout.col_key(jnp, column), flip), spec.dropout_rate
-    )
+    return dropout.keep_from_keys(jnp, row(row_key, flip), col(dropout.col_key(jnp, column), flip), spec.dropout_rate)

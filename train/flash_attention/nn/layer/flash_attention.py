@@ -148,7 +148,7 @@ class FlashAttention(nn.Cell):
         shapes, dtypes = describe(LAYER, _NAMES, (query, key, value, attention_mask, alibi_mask))
         mask_shape, slopes, options = _prepare(self.config, training, shapes, dtypes)
         mask = None
-        if attention_mask is not None:
+        if isinstance(attention_mask, Tensor):  # describe() refuses whatever is neither a Tensor nor None
             mask = _discard_to_keep(attention_mask).reshape(mask_shape)
         seed = None
         if training and self.dropout_rate > 0:

@@ -1,8 +1,10 @@
 """Backward pass of the portable engine (Dao 2023, algorithm 2): rows in reverse, dK^T and dV^T carried along.
 
 (saved inputs, out, lse, cotangents) -> Inputs -> RowScores -> P -> **dS = P (dP - delta), dQ, dK, dV** (this file).
-P comes from the same softmax as in the forward pass, which is as fast as exp(S - LSE); only sinks need the latter. The
-row term -delta is an extra column of dO against a column of ones in V. dK and dV are accumulated transposed, because
+P comes from the same softmax as in the forward pass, which is as fast as exp(S - LSE) and more exact: MindSpore's exp
+is up to 50 units off on the CPU, and a quotient of two cancels some of that. Sinks scale a row of P by the keys' share
+of its denominator: what dS is multiplied with takes that factor, after dP - delta has cancelled what it can. The row
+term -delta is an extra column of dO against a column of ones in V. dK and dV are accumulated transposed, because
 products with a transposed small operand are the fast ones.
 """
 
@@ -90,14 +92,16 @@ class Backward(nn.Cell):
             row_keys = self.row_keys(query, seed)
         else:
             d_o, v = join_columns((d_o, -delta)), join_columns((v, ones))
-        d_sinks = None
+        d_sinks, sink_share = None, None
         if self.sinks:
-            share = _exp(cast(reshape(sinks, (1, -1, 1)), mstype.float32) - lse) * P.Squeeze(3)(delta)
-            d_sinks = cast(-P.ReduceSum(False)(share, (0, 2)), sinks.dtype)
+            sink_share = _exp(cast(reshape(sinks, (1, -1, 1, 1)), mstype.float32) - P.ExpandDims()(lse, 3))
+            d_sinks = cast(-P.ReduceSum(False)(sink_share * delta, (0, 2, 3)), sinks.dtype)
         d_qs, d_biases, d_slopes, d_k, d_v = (), (), None, None, None
         k_done, v_done = (), ()
         for row, carry in zip(self.rows, self.carries):
-            d_q, k_part, v_part, d_bias, d_slope = row(inputs, terms, v, d_o, delta, ones, row_keys)
+            d_q, k_part, v_part, d_bias, d_slope = row(
+                inputs, terms, v, d_o, delta, ones, row_keys, sink_share
+            )  # fmt: skip
             d_k, k_done = carry(d_k, k_done, k_part)
             d_v, v_done = carry(d_v, v_done, v_part)
             inputs, terms, v, d_o, row_keys = self.chain(d_k, inputs, terms, v, d_o, row_keys)
@@ -167,31 +171,44 @@ class BackwardRow(nn.Cell):
         self.bias = BiasPart(spec, row) if self.has_bias else None
         self.slopes = SlopesPart(spec, constants, row) if self.has_slopes else None
 
-    def construct(self, inputs, terms, v, d_o, delta, ones, row_keys):
+    def construct(self, inputs, terms, v, d_o, delta, ones, row_keys, sink_share):
         s, tanh = self.scores(inputs, terms)
-        p = _exp(s) if self.sinks else softmax(s)
-        d_o = self.scores.group(d_o)
+        p = softmax(s)
+        d_o, delta = self.scores.group(d_o), self.scores.group(delta)
         k = inputs[1]
         if not self.whole:
-            v, k = take_rows(v, self.key, self.keys), take_rows(k, self.key, self.keys)
+            v, k, ones = (
+                take_rows(v, self.key, self.keys),
+                take_rows(k, self.key, self.keys),
+                take_rows(ones, self.key, self.keys),
+            )
         d_s, kept = matmul_nt(d_o, v), p
         if self.dropout:
             keep = self.keep(row_keys)
             kept = mul(p, keep)
-            row_term = matmul_nt(self.scores.group(delta), take_rows(ones, 0, self.keys))
+            row_term = matmul_nt(delta, ones)
             d_s = mul(kept, d_s) - mul(p, row_term)
         else:
             d_s = mul(p, d_s)  # -delta is already in the product
+        q, share = self.scores.group(inputs[0]), None
+        if self.sinks:
+            share = matmul(_exp(s), ones)  # with the sink's it is 1 but for exp's errors; 0 for a dead row
+            share = P.RealDiv()(share, share + self.scores.group(sink_share) + 1.0 / _NEVER)
+            q, d_o = q * share, d_o * share
         d_v = matmul(swap(d_o), kept)
         d_bias, d_slopes = None, None
-        if self.has_bias:
-            d_bias = self.bias(d_s)
-        if self.has_slopes:
-            d_slopes = self.slopes(d_s, terms[4])
+        if self.has_bias or self.has_slopes:
+            whole_d_s = mul(d_s, matmul_nt(share, ones)) if self.sinks else d_s
+            if self.has_bias:
+                d_bias = self.bias(whole_d_s)
+            if self.has_slopes:
+                d_slopes = self.slopes(whole_d_s, terms[4])
         if self.capped:
             d_s = mul(d_s, (1.0 - mul(tanh, tanh)) * self.cap)
-        d_k = matmul(swap(self.scores.group(inputs[0])), d_s)
-        return self.ungroup(matmul(d_s, k)), d_k, d_v, d_bias, d_slopes
+        d_q = matmul(d_s, k)
+        if self.sinks:
+            d_q = d_q * share
+        return self.ungroup(d_q), matmul(swap(q), d_s), d_v, d_bias, d_slopes
 
     def ungroup(self, d_q):
         """(B, Nkv, group * rows, C) -> (B, N, rows, C)."""

@@ -166,6 +166,15 @@ def linear_alibi(spec):
     return spec.alibi_shape is not None and not spec.dynamic_offset
 
 
+def far_queries(spec):
+    """True when a query that sees keys may be far from all of them, so that ALiBi dwarfs the products.
+
+    ALiBi comes first in a shared sum: exact near the diagonal, but every product added to a large term is rounded to
+    its size.
+    """
+    return spec.offset < 0 and spec.band.right != 0 or spec.offset + spec.q_len > spec.kv_len
+
+
 def maybe_dead(spec):
     """True when run-time tensors may leave a query without any key."""
     return bool(spec.has_data_mask or spec.bias_shape is not None or spec.dynamic_offset)
@@ -199,6 +208,7 @@ class PieceScores(nn.Cell):
             self.kv_copies = (max(1, spec.batch), spec.kv_heads, 1, 1)
         self.copies = (max(1, spec.batch), spec.heads, 1, 1)
         self.alibi = linear_alibi(spec)
+        self.alibi_apart = self.alibi and (self.capped or far_queries(spec))
         self.line, bend = alibi_tables(spec, row, piece) if self.alibi else (None, None)
         self.line, self.bend = constants.plain(self.line), constants.plain(bend)
         self.bends = bend is not None
@@ -212,23 +222,23 @@ class PieceScores(nn.Cell):
             k = take_rows(k, self.start, self.length)
         if self.capped:
             return self.capped_scores(q, k, extra_q, extra_k, alibi_q, slopes, own)
-        if self.alibi:
+        if self.alibi and not self.alibi_apart:
             line = add(zeros_like(take_columns(k, 0, 1)), self.line)
             q, k = join_columns((alibi_q, q)), join_columns((line, k))
-        return self.finish(matmul_nt(q, k), slopes, own), None
+        return self.finish(matmul_nt(q, k), alibi_q, k, slopes, own), None
 
     def capped_scores(self, q, k, extra_q, extra_k, alibi_q, slopes, own):
         """The soft cap comes before every other term, so these cannot share the product."""
         tanh = accurate_tanh(matmul_nt(q, k))
         s = tanh * self.cap
-        if self.alibi:
-            s = add(s, matmul_nt(alibi_q, add(zeros_like(take_columns(k, 0, 1)), self.line)))
         if self.apart:
             s = add(s, matmul_nt(extra_q, take_rows(extra_k, self.start, self.length)))
-        return self.finish(s, slopes, own), tanh
+        return self.finish(s, alibi_q, k, slopes, own), tanh
 
-    def finish(self, s, slopes, own):
-        """Terms of full rank."""
+    def finish(self, s, alibi_q, k, slopes, own):
+        """Terms that are added."""
+        if self.alibi_apart:
+            s = add(s, matmul_nt(alibi_q, add(zeros_like(take_columns(k, 0, 1)), self.line)))
         if self.bends:
             s = self.add_plain(s, slopes * self.bend)
         if self.owns:

@@ -115,9 +115,9 @@ def _band_mask(case):
     from flash_attention.core.ranges import visible
 
     spec = case.spec()
-    return lambda: visible(
-        spec.band, jnp.arange(spec.q_len)[:, None] + spec.offset, jnp.arange(spec.kv_len)[None, :]
-    )[None, None]
+    return lambda: visible(spec.band, jnp.arange(spec.q_len)[:, None] + spec.offset, jnp.arange(spec.kv_len)[None, :])[
+        None, None
+    ]
 
 
 def _alibi_bias(case):

@@ -218,4 +218,3 @@ def median(values):
 def ratio(times, base_times):
     """Median over rounds of (time / base time of the same round)."""
     return median([a / b for a, b in zip(times, base_times)])
-
