@@ -15,6 +15,7 @@ class Engine:
         run: ``run(spec, query, key, value, operands) -> (out, lse)`` on BNSD tensors.
         supports: ``supports(spec) -> Reason or None``. It never raises: an exception in it is a bug.
         order: ``auto`` takes the first supported engine in ascending order; None = only when asked for by name.
+        pays: ``pays(spec) -> bool``, by measurement: False where ``auto`` should rather take any engine after it.
         note: where it was proven, printed by ``info`` ("simulated, not run on device").
     """
 
@@ -23,6 +24,7 @@ class Engine:
     supports: Callable
     order: int = 0
     note: str = ""
+    pays: Callable = lambda spec: True
 
 
 class EngineTable:
@@ -83,13 +85,9 @@ class EngineTable:
             if reason is not None:
                 raise reason.error(layer, engine.name)
             return engine
-        refused = []
-        for engine in self:
-            if engine.order is None:
-                continue
-            reason = engine.supports(spec)
-            if reason is None:
+        automatic = [engine for engine in self if engine.order is not None]
+        for engine in sorted(automatic, key=lambda engine: not engine.pays(spec)):
+            if engine.supports(spec) is None:
                 return engine
-            refused.append((engine, reason))
-        engine, reason = refused[-1]  # the most portable engine's reason says what no engine can do
-        raise reason.error(layer, engine.name)
+        engine = automatic[-1]  # the most portable engine's reason says what no engine can do
+        raise engine.supports(spec).error(layer, engine.name)
