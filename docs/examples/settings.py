@@ -25,7 +25,7 @@ class Settings:
     block_size: int = 128
     prev_blocks: int = 2  # of every second layer: a query sees its own block and two before it
     batch: int = 1
-    steps: int = 64
+    steps: int = 58
     warm_up: int = 10
     learning_rate: float = 1.5e-3
     held_out_windows: int = 16

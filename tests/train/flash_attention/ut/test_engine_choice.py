@@ -41,7 +41,8 @@ def test_when_all_refuse_the_most_portable_engine_says_why():
     found = EngineTable("engine")
     for order, name in enumerate(["first", "last"]):
         reason = Reason("head_dim", 64, "less than what {} takes".format(name))
-        found.add(Engine(name, None, lambda spec, reason=reason: reason, order=order, pays=lambda spec, order=order: order == 1))
+        pays = order == 1
+        found.add(Engine(name, None, lambda spec, x=reason: x, order=order, pays=lambda spec, x=pays: x))
     with pytest.raises(UnsupportedError) as caught:
         found.choose(spec(8))
     assert str(caught.value) == (
