@@ -46,6 +46,10 @@ class JaxEngine:
     def supports(self, spec):
         return ENGINES[self.name].supports(spec)
 
+    def attend(self, query, key, value, **arguments):
+        """(out, lse) of one call."""
+        return flash_attention(query, key, value, return_lse=True, implementation=self.name, **arguments)
+
     def run(self, case):
         inputs = make_inputs(case)
         q, k, v, d_out = (to_layout(jnp.asarray(x, case.dtype), case.layout) for x in inputs[1:5])
@@ -53,7 +57,7 @@ class JaxEngine:
         wanted = {name: tensors.pop(name) for name in DIFFERENTIABLE if name in tensors}
         constant = {name: tensors.pop(name) for name in list(tensors) if isinstance(tensors[name], int)}
 
-        both = _compiled(self.name, replace(case, draw=0), tuple(sorted(constant.items())))
+        both = _compiled(self, replace(case, draw=0), tuple(sorted(constant.items())))
         (out, lse), grads = both(q, k, v, wanted, tensors, (d_out, jnp.asarray(inputs.d_lse)))
         assert out.dtype == q.dtype and lse.dtype == jnp.float32
         results = {"out": _numpy(to_layout(out, case.layout)), "lse": np.asarray(lse)}
@@ -69,10 +73,9 @@ class JaxEngine:
 @functools.lru_cache(maxsize=1)  # the draws of one case come one after the other
 def _compiled(engine, case, constant):
     """``((out, lse), gradients or None)`` of a call, compiled once for all draws of its case."""
-    options = dict(case.options, return_lse=True, implementation=engine, **dict(constant))
 
     def attend(query, key, value, wanted, tensors):
-        return flash_attention(query, key, value, **wanted, **tensors, **options)
+        return engine.attend(query, key, value, **wanted, **tensors, **dict(constant), **case.options)
 
     @jax.jit
     def both(q, k, v, wanted, tensors, cotangents):

@@ -35,6 +35,8 @@ class AttentionSpec:
         soft_cap: None or the cap: scores become ``cap * tanh(score / cap)`` before bias and ALiBi.
         dropout_rate: probability of dropping, in [0, 1).
         tiling: name of the tiling strategy, for engines whose tiles it decides; never changes a result.
+        tile: (queries, keys) of a compute tile, for engines that take one; None = their choice; never changes a result.
+        wide: output and gradients stay float32 whatever the dtype: parts that are to be merged or summed.
     """
 
     batch: int
@@ -63,6 +65,8 @@ class AttentionSpec:
     sinks: bool = False
     dropout_rate: float = 0.0
     tiling: str = "auto"
+    tile: Optional[Tuple[int, int]] = None
+    wide: bool = False
 
     def __post_init__(self):
         if self.scale is None:
@@ -117,6 +121,8 @@ class Operands(NamedTuple):
         q_lengths, kv_lengths: int32 (B,); queries and keys from there on do not exist.
         q_offset: int32 scalar or (B,): run-time position of query 0.
         dropout_seed: uint32 scalar.
+        origin: int32 (4,), where the call is a part of a larger one: the index there of its first batch row, head,
+            query and key; dropout counts from it.
     """
 
     bias: object = None
@@ -129,3 +135,4 @@ class Operands(NamedTuple):
     kv_lengths: object = None
     q_offset: object = None
     dropout_seed: object = None
+    origin: object = None

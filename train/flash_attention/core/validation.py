@@ -40,6 +40,7 @@ class Options:
     q_offset: Optional[int] = None
     layout: str = "BSND"
     tiling: str = "auto"
+    tile: Optional[Tuple[int, int]] = None
 
 
 def is_int(value):
@@ -293,4 +294,5 @@ def make_spec(layer, query, key, value, operands, options):
         sinks=operands.sinks is not None,
         dropout_rate=rate,
         tiling=options.tiling,
+        tile=options.tile,
     )

@@ -1,6 +1,7 @@
 """The JAX twin: the same attention on TPU, GPU and CPU, and the numerical reference. Needs Python 3.10 and JAX.
 
-``flash_attention`` is the functional call (BSND), ``FlashAttention`` the twin of the MindSpore Cell (BNSD).
+``flash_attention`` is the functional call (BSND), ``FlashAttention`` the twin of the MindSpore Cell (BNSD),
+``FlexibleAttentionModule`` the factory over every mechanism of ``AttentionRegistry``.
 """
 
 import sys
@@ -12,7 +13,31 @@ if sys.version_info < (3, 10):
     )
 
 from flash_attention.jax.engines import ENGINES  # noqa: E402
+from flash_attention.jax.flexible import (  # noqa: E402
+    AttentionBaseConfig,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionOutput,
+    AttentionRegistry,
+    FlaxAttentionModule,
+    FlexibleAttentionModule,
+    PartitionAxis,
+    run_attention_benchmarks,
+)
 from flash_attention.jax.functional import flash_attention  # noqa: E402
 from flash_attention.jax.layer import FlashAttention  # noqa: E402
 
-__all__ = ["ENGINES", "FlashAttention", "flash_attention"]
+__all__ = [
+    "ENGINES",
+    "AttentionBaseConfig",
+    "AttentionImpl",
+    "AttentionMetadata",
+    "AttentionOutput",
+    "AttentionRegistry",
+    "FlashAttention",
+    "FlaxAttentionModule",
+    "FlexibleAttentionModule",
+    "PartitionAxis",
+    "flash_attention",
+    "run_attention_benchmarks",
+]

@@ -84,20 +84,17 @@ def flash_attention(
         check_bool(LAYER, name, flag)
     if return_lse and return_residual:
         raise invalid_value(LAYER, "return_residual", "False when return_lse=True", True, "Both return the LSE.")
-    static_offset = not hasattr(q_offset, "ndim")  # an array, also a traced one, is a run-time operand
-    operands = Operands(
+    operands, options = call_of(
         bias=bias,
         mask=mask,
-        slopes=alibi_slopes,
+        alibi_slopes=alibi_slopes,
         sinks=sinks,
         q_segment_ids=q_segment_ids,
         kv_segment_ids=kv_segment_ids,
-        q_lengths=query_seq_lengths,
-        kv_lengths=key_value_seq_lengths,
-        q_offset=None if static_offset else q_offset,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        q_offset=q_offset,
         dropout_seed=dropout_seed,
-    )
-    options = Options(
         scale=scale,
         is_causal=is_causal,
         local_window_size=local_window_size,
@@ -106,7 +103,6 @@ def flash_attention(
         block_size=block_size,
         dropout_rate=dropout_rate,
         logits_soft_cap=logits_soft_cap,
-        q_offset=q_offset if static_offset else None,
         layout=layout,
     )
     ENGINES.check_name(implementation, LAYER)
@@ -122,6 +118,27 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
+_OPERANDS = {
+    "bias": "bias",
+    "mask": "mask",
+    "alibi_slopes": "slopes",
+    "sinks": "sinks",
+    "q_segment_ids": "q_segment_ids",
+    "kv_segment_ids": "kv_segment_ids",
+    "query_seq_lengths": "q_lengths",
+    "key_value_seq_lengths": "kv_lengths",
+    "dropout_seed": "dropout_seed",
+}  # keyword of the call -> field of Operands
+
+
+def call_of(q_offset=None, **arguments):
+    """Keywords of :func:`flash_attention` (and ``tile``, a compute tile) as ``(Operands, Options)``."""
+    operands = {field: arguments.pop(name, None) for name, field in _OPERANDS.items()}
+    if hasattr(q_offset, "ndim"):  # an array, also a traced one, is a run-time operand
+        return Operands(q_offset=q_offset, **operands), Options(**arguments)
+    return Operands(**operands), Options(q_offset=q_offset, **arguments)
+
+
 def attend(layer, query, key, value, operands, options, implementation=None):
     """The call behind both front ends: batched tensors in ``options.layout``, ``(out, lse (B, N, T))`` out.
 
@@ -131,6 +148,14 @@ def attend(layer, query, key, value, operands, options, implementation=None):
         options: :class:`Options`.
     """
     _check_devices(layer, query, key, value)
+    spec, operands = prepare(layer, query, key, value, operands, options)
+    engine = ENGINES.choose(spec, implementation, layer)
+    arrays = (jnp.asarray(x) for x in (query, key, value))
+    return _run(engine.name, spec, options.layout, *arrays, operands)
+
+
+def prepare(layer, query, key, value, operands, options):
+    """Validate a call: ``(spec, operands as arrays of the ranks that the spec describes)``. Takes what attend takes."""
     operands = operands._replace(
         mask=_checked_mask(layer, operands.mask),
         q_lengths=_lengths(layer, "query_seq_lengths", operands.q_lengths, query),
@@ -144,11 +169,9 @@ def attend(layer, query, key, value, operands, options, implementation=None):
         remedy = "Cast it, or call jax.config.update('jax_enable_x64', True)."
         need = "of dtype float16, bfloat16 or float32 unless jax_enable_x64 is set"
         raise invalid_type(layer, "query", need, "float64", remedy)
-    engine = ENGINES.choose(spec, implementation, layer)
     if not spec.dropout_rate:
         operands = operands._replace(dropout_seed=None)
-    arrays = (jnp.asarray(x) for x in (query, key, value))
-    return _run(engine.name, spec, options.layout, *arrays, _arrays(spec, operands))
+    return spec, _arrays(spec, operands)
 
 
 def describe(x):

@@ -50,6 +50,9 @@ def pays(spec):
 def _present(spec):
     """Indices into ``_FIELDS`` of the tensors that ``spec`` has; None cannot be handed over."""
     has = {
+        "query": True,
+        "key": True,
+        "value": True,
         "bias": spec.bias_shape is not None,
         "mask": spec.mask_shape is not None,
         "slopes": spec.alibi_shape is not None,
@@ -61,7 +64,7 @@ def _present(spec):
         "q_offset": spec.dynamic_offset,
         "dropout_seed": spec.dropout_rate > 0,
     }
-    return tuple(index for index, name in enumerate(_FIELDS) if has.get(name, True))
+    return tuple(index for index, name in enumerate(_FIELDS) if has.get(name))
 
 
 class _Host:

@@ -13,7 +13,7 @@ def run(spec, query, key, value, operands):
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
     out, lse = reference.attention(jnp, spec, *(x.astype(wide) for x in (query, key, value)), operands)
-    return out.astype(query.dtype), lse.astype(wide)
+    return out.astype(wide if spec.wide else query.dtype), lse.astype(wide)
 
 
 def supports(spec):

@@ -46,8 +46,9 @@ def _attention_fwd(spec, query, key, value, operands):
 def _attention_bwd(spec, saved, cotangents):
     query, key, value, operands, _, _ = saved
     d_query, d_key, d_value, d_bias, d_slopes, d_sinks = backward_pass(spec, saved, cotangents)
+    grads = (grad.astype(x.dtype) for grad, x in ((d_query, query), (d_key, key), (d_value, value)))
     # None is a zero: masks, lengths and other integers have no gradient.
-    return d_query, d_key, d_value, Operands(bias=d_bias, slopes=d_slopes, sinks=d_sinks)
+    return (*grads, Operands(bias=d_bias, slopes=d_slopes, sinks=d_sinks))
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -76,8 +77,9 @@ def _flatten(spec, geo, query, key, value, operands):
         mask = mask if mask.dtype == jnp.bool_ else mask > 0
         mask = tiles.repeat_compact(spec, geo, mask) if spec.compact_mask else mask
     if spec.dropout_rate:
-        b, h, i = jnp.ogrid[:batch, : spec.heads, : spec.q_len]
-        row_keys = dropout.row_key(jnp, operands.dropout_seed, b, h, i)
+        first = jnp.zeros(4, jnp.int32) if operands.origin is None else operands.origin
+        indices = jnp.ogrid[:batch, : spec.heads, : spec.q_len]
+        row_keys = dropout.row_key(jnp, operands.dropout_seed, *(x + first[axis] for axis, x in enumerate(indices)))
 
     def per_batch(x):
         return None if x is None else jnp.asarray(x, jnp.int32)
@@ -95,11 +97,12 @@ def _flatten(spec, geo, query, key, value, operands):
         q_lengths=per_batch(operands.q_lengths),
         kv_lengths=per_batch(operands.kv_lengths),
         row_keys=row_keys,
+        key_origin=None if operands.origin is None else operands.origin[3],
     )
 
 
 def _geometry(spec, batch):
-    return tiles.geometry(batch, spec.heads, spec.kv_heads, spec.q_len, spec.kv_len, spec.head_dim)
+    return tiles.geometry(batch, spec.heads, spec.kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.tile)
 
 
 @_per_example

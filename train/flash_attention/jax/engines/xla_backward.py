@@ -61,7 +61,7 @@ def backward(spec, geo, inputs, d_out, lse, delta):
 
         grads = tiles.loop(outers * geo.q_tiles, tile, _zeros(spec, geo, inputs, d_bias), saved)
         d_key = grads.key if tiles.folds_scale(spec, dtype) else grads.key * spec.scale
-        parts = [x.astype(inputs.key.dtype) for x in (grads.query, d_key, grads.value)]
+        parts = [x.astype(tiles.out_dtype(spec, inputs.key)) for x in (grads.query, d_key, grads.value)]
         return grads.bias, (*parts, grads.slopes)
 
     # Heads may share a bias: its gradient is summed from head to head.
@@ -139,7 +139,7 @@ def _score_grads(spec, q, k, v, d_o, lse, delta, extras, row_key):
     d_p = tiles.nt(v, d_o)
     applied = p
     if spec.dropout_rate:
-        keep = tiles.kept(spec, row_key, extras.column, True)
+        keep = tiles.kept(spec, row_key, extras, True)
         grow = 1.0 / (1.0 - spec.dropout_rate)
         applied, d_p = jnp.where(keep, p * grow, 0.0), jnp.where(keep, d_p * grow, 0.0)
     d_s = p * (d_p - delta[None, :])

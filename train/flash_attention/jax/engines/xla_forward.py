@@ -14,7 +14,10 @@ SAFE_CAP = 60.0
 
 
 def forward(spec, geo, inputs, sinks):
-    """``(out (T, R, D) in the query's dtype, lse (T, R) float32)``; sinks (T, R) float32 or None."""
+    """``(out (T, R, D) in the query's dtype, lse (T, R) float32)``; sinks (T, R) float32 or None.
+
+    The output of a wide spec is float32.
+    """
     dtype = cpu.dot_dtype(inputs.query.dtype.name, geo.q_tile)
 
     def tile(outer, i, inputs):
@@ -47,7 +50,7 @@ def forward(spec, geo, inputs, sinks):
 
         done = jnp.zeros((geo.rows, spec.head_dim), jnp.float32), jnp.zeros((geo.rows,), jnp.float32)
         out, lse = tiles.loop(geo.q_tiles, body, done, inputs)
-        return carry, (out.astype(inputs.query.dtype), lse)
+        return carry, (out.astype(tiles.out_dtype(spec, inputs.query)), lse)
 
     return tiles.over_heads(geo, head, inputs.query.shape[0], inputs)[1]
 
@@ -82,7 +85,7 @@ def accumulate(spec, state, q, k, v, extras, row_key):
         out, total, peak = out * shrink[:, None], total * shrink, new
     total = total + p.sum(axis=1)
     if spec.dropout_rate:
-        p = jnp.where(tiles.kept(spec, row_key, extras.column, False), p, 0.0)
+        p = jnp.where(tiles.kept(spec, row_key, extras, False), p, 0.0)
     return out + tiles.nn(p.astype(v.dtype), v), peak, total
 
 

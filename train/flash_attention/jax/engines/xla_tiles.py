@@ -42,17 +42,20 @@ def _even(length, most):
     return tile, -(-length // tile)
 
 
-def geometry(batch, heads, kv_heads, q_len, kv_len, head_dim):
-    """Tile sizes for a call. 512 x 512 was the best or within 3% of it from S = 1K to 8K, D = 64 and 128.
+def geometry(batch, heads, kv_heads, q_len, kv_len, head_dim, tile=None):
+    """Tile sizes for a call; ``tile`` is the (rows, keys) asked for, None = 512 x 512.
+
+    That was the best or within 3% of it from S = 1K to 8K, D = 64 and 128.
 
     Few rows (decoding) read longer key tiles instead: up to 2**18 elements (1 MB, what the second-level cache holds);
     with 8,192 keys of 128 the same work took twice as long.
     """
     group = heads // kv_heads
-    stack = group if group * q_len <= 512 else 1
+    stack = group if group * q_len <= (tile or (512,))[0] else 1
     rows = stack * q_len
-    q_tile, q_tiles = _even(rows, 512)
-    kv_tile, kv_tiles = _even(kv_len, max(512, 2**18 // max(q_tile, head_dim)))
+    most_rows, most_keys = tile or (512, None)
+    q_tile, q_tiles = _even(rows, most_rows)
+    kv_tile, kv_tiles = _even(kv_len, most_keys or max(512, 2**18 // max(q_tile, head_dim)))
     small = q_tiles == kv_tiles == 1 and batch * heads * q_len * kv_len <= 2**22 and q_len * kv_len <= 2**17
     return Geometry(stack, rows, q_tile, q_tiles, kv_tile, kv_tiles, kv_len // kv_tile, small)
 
@@ -72,6 +75,7 @@ class Inputs(NamedTuple):
     q_lengths: jax.Array = None  # (B,)
     kv_lengths: jax.Array = None  # (B,)
     row_keys: jax.Array = None  # (B, N, Sq) uint32 dropout keys
+    key_origin: jax.Array = None  # what dropout counts the keys from
 
 
 class Rows(NamedTuple):
@@ -273,6 +277,7 @@ class Extras(NamedTuple):
     same: jax.Array = None  # (row segment (R,), column segment (C,))
     mask: jax.Array = None  # bool (R|1, C|1)
     bias: jax.Array = None  # (R|1, C|1)
+    index: jax.Array = None  # column as dropout counts it
 
 
 def _window(spec, geo, x, where, rows, start, width):
@@ -308,7 +313,8 @@ def extras_of(spec, geo, inputs, where, rows, tile, width, edge):
         mask = _window(spec, geo, inputs.mask, where, rows, start, width)
     if spec.bias_shape is not None:
         bias = _window(spec, geo, inputs.bias, where, rows, start, width)
-    return start, Extras(column, rows.position, low, high, rows.slope, same, mask, bias)
+    index = column if inputs.key_origin is None else column + inputs.key_origin
+    return start, Extras(column, rows.position, low, high, rows.slope, same, mask, bias, index)
 
 
 def repeat_compact(spec, geo, mask):
@@ -413,6 +419,11 @@ def clean(x, extras, flip=False):
     return jnp.where(inside[None, :] if flip else inside[:, None], x, jnp.zeros_like(x))
 
 
-def kept(spec, row_key, column, flip):
+def kept(spec, row_key, x, flip):
     """Boolean tile of what dropout keeps."""
-    return dropout.keep_from_keys(jnp, row(row_key, flip), col(dropout.col_key(jnp, column), flip), spec.dropout_rate)
+    return dropout.keep_from_keys(jnp, row(row_key, flip), col(dropout.col_key(jnp, x.index), flip), spec.dropout_rate)
+
+
+def out_dtype(spec, x):
+    """dtype of the output and the gradients for an input ``x``."""
+    return jnp.float32 if spec.wide else x.dtype

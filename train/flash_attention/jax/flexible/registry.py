@@ -1,0 +1,264 @@
+"""AttentionImpl, what a mechanism is, and AttentionRegistry, where it is found by name.
+
+A mechanism is one decorated class with one method; factory, benchmark and tests find it by the decorator:
+
+    @AttentionRegistry.register
+    class Mine(AttentionImpl):
+        names = "mine"
+
+        def forward_native(self, query, key, value, *, is_causal=False, scale=None):
+            return AttentionOutput(attention_outputs=...)
+
+It is given exactly the arguments that a caller set, under the keywords of ``flash_attention.jax.flash_attention``. One
+that its method does not take is refused with a reason: a mechanism cannot ignore anything.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flash_attention.core.errors import Reason, invalid_value
+from flash_attention.core.spec import NO_LIMIT
+from flash_attention.core.validation import check_bool
+from flash_attention.jax.flexible.output import AttentionOutput
+from flash_attention.jax.flexible.partition import check_mode, create_stable_sharding
+
+# backend -> forward methods, the most specific one first
+_CHAINS = {
+    "cpu": ("forward_cpu", "forward_native"),
+    "gpu": ("forward_gpu", "forward_native"),
+    "cuda": ("forward_cuda", "forward_gpu", "forward_native"),
+    "rocm": ("forward_rocm", "forward_gpu", "forward_native"),
+    "tpu": ("forward_tpu", "forward_native"),
+    "tt": ("forward_tt", "forward_native"),
+}
+
+# Keyword of forward_* -> the value that means "not given". They are those of flash_attention.jax.flash_attention.
+ARGUMENTS = {
+    "bias": None,
+    "mask": None,
+    "scale": None,
+    "is_causal": False,
+    "query_seq_lengths": None,
+    "key_value_seq_lengths": None,
+    "local_window_size": None,
+    "prev_block_num": NO_LIMIT,
+    "next_block_num": NO_LIMIT,
+    "block_size": 128,
+    "alibi_slopes": None,
+    "dropout_rate": 0.0,
+    "dropout_seed": None,
+    "logits_soft_cap": None,
+    "sinks": None,
+    "q_segment_ids": None,
+    "kv_segment_ids": None,
+    "q_offset": None,
+}
+
+
+class AttentionImpl:
+    """Base class of mechanisms: BTHD tensors in, :class:`AttentionOutput` out.
+
+    A subclass sets ``names`` (a name, or a tuple of the name and its aliases) and defines ``forward_native``; where a
+    platform needs other code, also ``forward_cpu``, ``forward_gpu`` (of both) ``forward_cuda``, ``forward_rocm``,
+    ``forward_tpu`` or ``forward_tt``. They take (query, key, value) and keywords of :data:`ARGUMENTS`.
+
+    Args:
+        metadata: :class:`AttentionMetadata`.
+
+    Attributes:
+        names: the name and aliases.
+        exact: True when the mechanism is softmax attention over all visible keys, so that the formula judges it.
+    """
+
+    names = ()
+    exact = True
+
+    def __init__(self, metadata):
+        self.metadata = metadata
+
+    def forward_native(self, query, key, value, **arguments):
+        """The mechanism where no platform has code of its own. (B, T, N, D) and (B, S, K, D) in."""
+        raise NotImplementedError("{} defines no forward_native".format(type(self).__name__))
+
+    def supports(self, query, key, value, arguments):
+        """None, or the Reason why this call, whose argument names all fit, cannot run. It never raises."""
+        del query, key, value, arguments
+
+    @classmethod
+    def get_impl_name(cls):
+        """The name, without aliases."""
+        return cls.names if isinstance(cls.names, str) else cls.names[0]
+
+    def get_impl_metadata(self):
+        """The :class:`AttentionMetadata` it was created with."""
+        return self.metadata
+
+    def get_mode(self, q, BTHD=True):
+        """See :meth:`AttentionMetadata.get_mode`."""
+        return self.metadata.get_mode(q, BTHD)
+
+    def current_backend(self):
+        """'cpu', 'cuda', 'rocm', 'tpu' or what ``metadata.backend`` forces."""
+        if self.metadata.backend is not None:
+            return self.metadata.backend
+        backend = jax.default_backend()
+        if backend == "gpu":
+            return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
+        return backend
+
+    def forward_method(self):
+        """The most specific ``forward_*`` that the class defines for the current backend."""
+        for name in _CHAINS.get(self.current_backend(), ("forward_native",)):
+            if hasattr(self, name):
+                return getattr(self, name)
+        raise AssertionError("the base class defines forward_native")
+
+    def refuses(self, query, key, value, arguments):
+        """The Reason why this call cannot run here, or None; ``arguments``: the keywords of ARGUMENTS that are set."""
+        takes = inspect.signature(self.forward_method()).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+            for name in arguments:
+                if name not in takes:
+                    need = "left out (this mechanism does not take it)"
+                    remedy = "'flash_attn2' takes every argument."
+                    return Reason(name, _short(arguments[name]), need, remedy)
+        return self.supports(query, key, value, arguments)
+
+    def __call__(self, query, key, value, *, mode=None, deterministic=True, dropout_rng=None, **arguments):
+        """Attend.
+
+        Args:
+            query: (B, T, N, D); key, value: (B, S, K, D); K divides N.
+            mode: '__train__', '__prefill__', '__autoregressive__', '__insert__'; default :meth:`get_mode`.
+            deterministic: False = training: ``metadata.dropout_prob`` acts.
+            dropout_rng: PRNG key that the dropout's seed is drawn from.
+            arguments: keywords of :data:`ARGUMENTS`, which are those of ``flash_attention.jax.flash_attention``.
+
+        Returns:
+            :class:`AttentionOutput`, of ``metadata.runtime_dtype``.
+
+        Raises:
+            UnsupportedError: the mechanism cannot honour an argument, or not here; the message says why and what can.
+        """
+        layer = self.get_impl_name()
+        for name in arguments:
+            if name not in ARGUMENTS:
+                raise TypeError("'{}' is no argument of a mechanism. They are: {}".format(name, ", ".join(ARGUMENTS)))
+        check_mode(self.get_mode(query) if mode is None else mode)
+        arguments = {name: x for name, x in arguments.items() if not _is_default(name, x)}
+        arguments.update(self._dropout(layer, deterministic, dropout_rng, arguments))
+        if self.metadata.softmax_scale is not None and "scale" not in arguments:
+            arguments["scale"] = self.metadata.softmax_scale
+        if arguments.get("scale") == query.shape[-1] ** -0.5:
+            del arguments["scale"]
+        reason = self.refuses(query, key, value, arguments)
+        if reason is not None:
+            raise reason.error(layer)
+        if self.metadata.runtime_dtype is not None:
+            query, key, value = (x.astype(self.metadata.runtime_dtype) for x in (query, key, value))
+        return self.forward_method()(query, key, value, **arguments)
+
+    def _dropout(self, layer, deterministic, rng, arguments):
+        check_bool(layer, "deterministic", deterministic)
+        rate = self.metadata.dropout_prob
+        if deterministic or not rate or "dropout_rate" in arguments:
+            return {}
+        if rng is None:
+            remedy = "Pass a PRNG key, or deterministic=True."
+            raise invalid_value(layer, "dropout_rng", "given when deterministic=False and dropout acts", None, remedy)
+        return {"dropout_rate": rate, "dropout_seed": jax.random.bits(rng, (), "uint32")}
+
+    @staticmethod
+    def repeat_kv_heads(key, value, num_reps):
+        """(B, S, K, D) -> (B, S, K * num_reps, D), each head repeated in place: 0, 0, 1, 1."""
+        return jnp.repeat(key, num_reps, axis=2), jnp.repeat(value, num_reps, axis=2)
+
+    def create_stable_sharding(self, state_ps, preserved_indices=None, clone_ps=None, dep=True, tensor=None):
+        """See :func:`create_stable_sharding`; the mesh is the metadata's."""
+        return create_stable_sharding(state_ps, preserved_indices, clone_ps, dep, tensor, self.metadata.mesh)
+
+
+def _is_default(name, value):
+    default = ARGUMENTS[name]
+    return value is default or (np.isscalar(value) and np.isscalar(default) and value == default)
+
+
+def _short(value):
+    shape = getattr(value, "shape", None)
+    return repr(value) if shape is None else "an array of shape {}".format(tuple(shape))
+
+
+class AttentionRegistry:
+    """Mechanisms by name. A name may have aliases; :meth:`list_implementations` labels them."""
+
+    _classes = {}
+    _aliases = {}
+
+    @classmethod
+    def register(cls, impl=None, *, override=False):
+        """Class decorator; ``@AttentionRegistry.register(override=True)`` replaces an existing name.
+
+        Raises:
+            ValueError: the name or an alias is taken, or the class has no name.
+        """
+        if impl is None:
+            return lambda impl: cls.register(impl, override=override)
+        names = (impl.names,) if isinstance(impl.names, str) else tuple(impl.names)
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise invalid_value("AttentionRegistry", "names", "a str or a tuple of str", repr(impl.names))
+        taken = [name for name in names if name in cls._classes or name in cls._aliases]
+        if taken and not override:
+            remedy = "Choose another name, or register with override=True."
+            raise invalid_value("AttentionRegistry", "names", "free", "{} (taken)".format(", ".join(taken)), remedy)
+        for name in taken:
+            cls.unregister(name)
+        cls._classes[names[0]] = impl
+        cls._aliases.update((alias, names[0]) for alias in names[1:])
+        return impl
+
+    @classmethod
+    def unregister(cls, name):
+        """Forget a mechanism with its aliases, or an alias."""
+        if cls._classes.pop(name, None) is not None:
+            cls._aliases = {alias: target for alias, target in cls._aliases.items() if target != name}
+        cls._aliases.pop(name, None)
+
+    @classmethod
+    def get(cls, name):
+        """The class registered under a name or alias; ValueError with the known names otherwise."""
+        name = cls._aliases.get(name, name) if isinstance(name, str) else name
+        if not isinstance(name, str) or name not in cls._classes:
+            need = "one of {}".format(", ".join(map(repr, cls.list_implementations())))
+            raise invalid_value("attention", "attn_mechanism", need, repr(name), _ABSENT.get(name, ""))
+        return cls._classes[name]
+
+    @classmethod
+    def create(cls, name, metadata):
+        """An instance of the mechanism."""
+        return cls.get(name)(metadata)
+
+    @classmethod
+    def list_implementations(cls):
+        """Names, sorted, without aliases."""
+        return sorted(cls._classes)
+
+    @classmethod
+    def aliases(cls):
+        """``{alias: name}``."""
+        return dict(cls._aliases)
+
+
+# Names that users of other packages know, for the message about an unknown name.
+_ABSENT = {
+    "splash": "Splash attention is not part of this version; 'flash_attn2' runs on TPU through XLA.",
+    "pallas_flash": "'flash_attn2' is the same attention.",
+    "cudnn_flash_attn": "It is called 'cudnn' here.",
+}
+
+
+def output_of(array):
+    """:class:`AttentionOutput` of a mechanism that forms no weights."""
+    return AttentionOutput(attention_outputs=array)
