@@ -12,7 +12,7 @@ import numpy as np
 from flash_attention.core import reference
 from flash_attention.core.errors import UnsupportedError, invalid_value
 from flash_attention.core.spec import AttentionSpec, Operands
-from flash_attention.jax.flexible.config import make_mesh
+from flash_attention.jax.distributed.mesh import make_mesh
 from flash_attention.jax.flexible.metadata import AttentionMetadata
 from flash_attention.jax.flexible.registry import AttentionRegistry
 

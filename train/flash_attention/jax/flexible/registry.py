@@ -13,6 +13,7 @@ It is given exactly the arguments that a caller set, under the keywords of ``fla
 that its method does not take is refused with a reason: a mechanism cannot ignore anything.
 """
 
+import functools
 import inspect
 
 import jax
@@ -132,7 +133,8 @@ class AttentionImpl:
 
         Args:
             query: (B, T, N, D); key, value: (B, S, K, D); K divides N.
-            mode: '__train__', '__prefill__', '__autoregressive__', '__insert__'; default :meth:`get_mode`.
+            mode: '__train__', '__prefill__', '__autoregressive__', '__insert__'; default :meth:`get_mode`. It says how
+                tensors lie on a mesh, for mechanisms whose method takes ``mode``; the result is the same.
             deterministic: False = training: ``metadata.dropout_prob`` acts.
             dropout_rng: PRNG key that the dropout's seed is drawn from.
             arguments: keywords of :data:`ARGUMENTS`, which are those of ``flash_attention.jax.flash_attention``.
@@ -147,7 +149,7 @@ class AttentionImpl:
         for name in arguments:
             if name not in ARGUMENTS:
                 raise TypeError("'{}' is no argument of a mechanism. They are: {}".format(name, ", ".join(ARGUMENTS)))
-        check_mode(self.get_mode(query) if mode is None else mode)
+        mode = check_mode(self.get_mode(query) if mode is None else mode)
         arguments = {name: x for name, x in arguments.items() if not _is_default(name, x)}
         arguments.update(self._dropout(layer, deterministic, dropout_rng, arguments))
         if self.metadata.softmax_scale is not None and "scale" not in arguments:
@@ -159,7 +161,10 @@ class AttentionImpl:
             raise reason.error(layer)
         if self.metadata.runtime_dtype is not None:
             query, key, value = (x.astype(self.metadata.runtime_dtype) for x in (query, key, value))
-        return self.forward_method()(query, key, value, **arguments)
+        forward = self.forward_method()
+        if "mode" in inspect.signature(forward).parameters:
+            arguments["mode"] = mode
+        return forward(query, key, value, **arguments)
 
     def _dropout(self, layer, deterministic, rng, arguments):
         check_bool(layer, "deterministic", deterministic)
@@ -218,6 +223,23 @@ class AttentionRegistry:
         cls._classes[names[0]] = impl
         cls._aliases.update((alias, names[0]) for alias in names[1:])
         return impl
+
+    @classmethod
+    def register_function(cls, names, function, exact=False):
+        """Register ``function(query, key, value, ...)``, BTHD in and out, as a mechanism.
+
+        Args:
+            names: a name, or a tuple of the name and its aliases.
+            function: its keywords among :data:`ARGUMENTS` are what the mechanism takes; all others are refused.
+            exact: see :class:`AttentionImpl`.
+        """
+
+        @functools.wraps(function)  # the signature says what it takes
+        def forward(query, key, value, **arguments):
+            return output_of(function(query, key, value, **arguments))
+
+        body = {"names": names, "exact": exact, "forward_native": staticmethod(forward), "__doc__": function.__doc__}
+        return cls.register(type(function.__name__, (AttentionImpl,), body))
 
     @classmethod
     def unregister(cls, name):
