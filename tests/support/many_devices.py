@@ -144,26 +144,32 @@ def difference(found, want):
 # --- what the compiled program sends --------------------------------------------------------------
 WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
 OPERATION = re.compile(
-    r"= (\(?[^=]*?\)?) (collective-permute|all-to-all|all-gather|reduce-scatter|all-reduce)(?:-start)?\("
+    r"= (\(?[^=]*?\)?) (collective-permute|all-to-all|all-gather|reduce-scatter|all-reduce)(?:-start)?\((.*)$", re.M
 )
+GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")  # {{0,1},{2,3}} or [2,2]<=[4]
 
 
-def sent(text, members):
-    """{operation: bytes} that a device sends in an HLO program whose collectives have `members` members."""
+def sent(text):
+    """{operation: bytes} that a device sends in an HLO program; collectives of one member send nothing."""
     share = {
-        "collective-permute": 1.0,
-        "all-to-all": (members - 1) / members,
-        "all-gather": (members - 1) / members,
-        "reduce-scatter": members - 1,
-        "all-reduce": 2 * (members - 1) / members,
+        "collective-permute": lambda n: 1.0,
+        "all-to-all": lambda n: (n - 1) / n,
+        "all-gather": lambda n: (n - 1) / n,
+        "reduce-scatter": lambda n: n - 1,
+        "all-reduce": lambda n: 2 * (n - 1) / n,
     }
     total = {}
-    for shapes, name in OPERATION.findall(text):
+    for shapes, name, rest in OPERATION.findall(re.sub(r"/\*.*?\*/", "", text)):
         size = sum(
             WIDTHS[kind] * int(np.prod([int(n) for n in dims.split(",") if n]))
             for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         )
-        total[name] = total.get(name, 0) + size * share[name]
+        members = 0
+        if name != "collective-permute":
+            listed, count = GROUPS.search(rest).groups()
+            members = int(count) if count else len(listed.split(","))
+        if members != 1:
+            total[name] = total.get(name, 0) + size * share[name](members)
     return total
 
 
@@ -192,13 +198,13 @@ def volumes(name):
         return attention(*tensors, scan=False, **options)
 
     def both(query, key, value, d_out):
-        return jax.vjp(attend, query, key, value)[1](d_out)
+        out, pullback = jax.vjp(attend, query, key, value)
+        return out, pullback(d_out)
 
-    members = 4 if ulysses else 8
-    forward = sent(jax.jit(attend).lower(query, key, key).compile().as_text(), members)
+    forward = sent(jax.jit(attend).lower(query, key, key).compile().as_text())
     found = {"forward": forward, "forward formula": volume.forward(plan), "hops": plan.hops, "zigzag": plan.zigzag}
     if volume.backward(plan) is not None:
-        found["both"] = sent(jax.jit(both).lower(query, key, key, query).compile().as_text(), members)
+        found["both"] = sent(jax.jit(both).lower(query, key, key, query).compile().as_text())
         found["both formula"] = volume.forward(plan) + volume.backward(plan)
     return found
 
@@ -230,6 +236,35 @@ def example(name):
         with mesh:
             out = jax.jit(attention_module)(*tensors).attention_outputs
         errors[mechanism] = difference(out, want)[0]
+    return errors
+
+
+def module(name):
+    """Errors of mechanisms over heads and sequence (mesh (1, 1, 2, 4)), with the ways in which they can be sharded."""
+    from flash_attention.jax import FlexibleAttentionModule
+
+    del name
+    mesh, errors = make_mesh((1, 1, 2, 4)), {}
+    query = normal(2, 40, 8, 16, seed=1)
+    key, value = (normal(2, 40, 4, 16, seed=seed) for seed in (2, 3))
+    ways = {
+        "plain": {},
+        "constraint": {"use_sharding_constraint": True},
+        "XLA's": {"shard_attention_computation": False},
+        "unrolled": {"scan_ring_attention": False},
+    }
+    runs = [("flash_attn2", way) for way in ways] + [("ring", "plain"), ("ring", "unrolled"), ("ulysses", "plain")]
+    runs += [("blockwise", "plain"), ("sharded_vanilla", "constraint"), ("autoregressive", "plain")]
+    for mechanism, way in runs:
+        layer = FlexibleAttentionModule(
+            mesh=mesh, attn_mechanism=mechanism, num_attention_heads=8, num_kv_heads=4, head_dims=16, **ways[way]
+        )
+        queries = query[:, :1] if mechanism == "autoregressive" else query
+        filled = {"uses_cache": True, "key_value_sequence_length": jnp.array([17, 40])} if queries is not query else {}
+        lengths = {"key_value_seq_lengths": jnp.array([17, 40]), "q_offset": jnp.array([16, 39])} if filled else {}
+        want = flash_attention(queries, key, value, is_causal=True, implementation="reference", **lengths)
+        out = jax.jit(functools.partial(layer, **filled))(queries, key, value).attention_outputs
+        errors[mechanism + ", " + way] = difference(out, want)[0]
     return errors
 
 
@@ -281,7 +316,15 @@ def million(name):
     return {"finite": all(bool(jnp.isfinite(grad).all()) for grad in grads), "errors": errors}
 
 
-KINDS = {"equal": equal, "volumes": volumes, "example": example, "large": large, "memory": memory, "million": million}
+KINDS = {
+    "module": module,
+    "equal": equal,
+    "volumes": volumes,
+    "example": example,
+    "large": large,
+    "memory": memory,
+    "million": million,
+}
 
 
 def main(words):

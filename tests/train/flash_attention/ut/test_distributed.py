@@ -110,6 +110,12 @@ def test_documented_example():
 
 
 @pytest.mark.slow
+def test_mechanisms_over_heads_and_sequence():
+    errors = run(["quickly", "module"])["module"]
+    assert len(errors) == 10 and max(errors.values()) < 5e-6
+
+
+@pytest.mark.slow
 def test_documented_example_at_its_size():
     assert run(["large"])["large"] <= 2e9
 

@@ -14,12 +14,15 @@ from flash_attention.tools import launch
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 PROCESSES = Path(__file__).resolve().parents[3] / "support" / "processes.py"
 
-# Every script starts like this: it knows its rank, and leaves its process id behind.
+# Every script starts like this: it knows its rank, leaves its process id behind, and waits for the two others.
 HEAD = """
-import os, sys, time
+import glob, os, sys, time
 from flash_attention.tools.launch import progress
 rank = int(os.environ["FLASH_LAUNCH_RANK"])
-open(os.path.join(sys.argv[1], "pid%d" % rank), "w").write(str(os.getpid()))
+with open(os.path.join(sys.argv[1], "pid%d" % rank), "w") as stream:
+    stream.write(str(os.getpid()))
+while len(glob.glob(os.path.join(sys.argv[1], "pid*"))) < 3:
+    time.sleep(0.05)
 def steps():
     for step in range(600):
         progress(step)
@@ -30,7 +33,8 @@ DIES = "if rank == 1:\n    progress('17')\n    time.sleep(1)\n    sys.exit(3)\ns
 KILLED = "if rank == 0:\n    progress(4)\n    time.sleep(1)\n    os.kill(os.getpid(), 9)\nsteps()\n"
 HANGS = "if rank == 2:\n    progress('23')\n    time.sleep(600)\nsteps()\n"
 NEVER_STARTS = "if rank == 1:\n    time.sleep(600)\nsteps()\n"
-DEAF = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank == 1:\n    sys.exit(5)\nsteps()\n"
+DEAF = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+DEAF += "if rank == 1:\n    time.sleep(1)\n    sys.exit(5)\nsteps()\n"
 
 
 def command(*words):

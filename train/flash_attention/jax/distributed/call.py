@@ -40,8 +40,9 @@ def attention(
 
     Args:
         query: (B, T, N, D); key, value: (B, S, K, D): whole arrays, best sharded as (batch, sequence, heads, None).
-        mesh: ``jax.sharding.Mesh``; axes: :class:`Axes`, its axes by role. What an axis does not divide is replicated
-            over it, which the logger 'flash_attention' says once.
+        mesh: ``jax.sharding.Mesh``.
+        axes: :class:`Axes`, the mesh's axes by role. What an axis does not divide is replicated over it, which the
+            logger 'flash_attention' says once.
         strategy: how the sequence is split; None chooses by what is sent:
             'ring': keys and values travel, N and K may be anything (Liu et al., 2023, zig-zag when causal);
             'ulysses': an all-to-all trades tokens for heads (Jacobs et al., 2023), the heads of a device divide by it;

@@ -135,7 +135,9 @@ def run_attention_benchmarks(
         axis_dims: the mesh ("dp", "fsdp", "tp", "sp") of all devices; one size may be -1.
         num_attention_heads, num_key_value_heads, head_dim: N, K (default N), D.
         blocksize_q, blocksize_k: tile of 'blockwise'; ``chunk_size`` sets both.
-        dtype: of the tensors. calculate_gradients: backward too. rounds: how often each is timed.
+        dtype: of the tensors.
+        calculate_gradients: backward too.
+        rounds: how often each is timed.
 
     Returns:
         :class:`BenchmarkTable`.

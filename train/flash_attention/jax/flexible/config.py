@@ -18,7 +18,8 @@ class AttentionBaseConfig(Record):
         axis_dims, axis_names: the mesh; one size may be -1: what is left of the devices.
         block_q, block_k, block_b: compute tile and batch rows a step.
         attn_mechanism: name of the mechanism, None = the module's default.
-        attn_dtype: dtype that attention computes in. attn_softmax_dtype: of its softmax.
+        attn_dtype: dtype that attention computes in.
+        attn_softmax_dtype: of its softmax, must be float32.
         attention_axis_name: the mesh axis of the sequence.
         partition_axis: mesh axes by role.
         shard_attention_computation: compute each device's part of a mesh by itself (shard_map).

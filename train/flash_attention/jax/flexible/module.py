@@ -28,7 +28,8 @@ class FlexibleAttentionModule:
     Args:
         mesh: ``jax.sharding.Mesh``; default ``base_config.mesh``, else one device.
         sm_scale: factor on the scores, default ``head_dims ** -0.5``.
-        num_kv_heads: K, default N. num_q_heads: N; ``num_attention_heads`` is the same argument.
+        num_kv_heads: K, default N.
+        num_q_heads: N; ``num_attention_heads`` is the same argument.
         head_dims: D.
         attn_mechanism: a name of ``AttentionRegistry``; default 'sdpa' on a GPU, else 'vanilla'.
         blocksize_q, blocksize_k: compute tile of 'blockwise' (default 64 and 128); other mechanisms choose their own. A
@@ -44,7 +45,8 @@ class FlexibleAttentionModule:
         shard_attention_computation: on several devices each computes its own part (default), see AttentionMetadata.
         use_sharding_constraint: pin query, key, value and output to the mesh by ``partition_axis``; default False.
         axis_name: mesh axis of the sequence, default 'sp'.
-        platform: None or 'jax'. backend: see AttentionMetadata.
+        platform: None or 'jax'.
+        backend: where it runs, see AttentionMetadata.
         backward_pass_impl: 'triton' or 'xla': names of another package's kernels; each mechanism here has one backward,
             which both stand for.
         base_config: source of defaults; ``base_module_class`` is the same argument.
