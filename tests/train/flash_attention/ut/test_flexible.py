@@ -275,6 +275,17 @@ def test_repeat_kv_heads():
     assert repeated[0, 0, :, 0].tolist() == [0, 0, 1, 1] and repeated.shape == (1, 3, 4, D)
 
 
+def test_mask_helpers():
+    causal = AttentionImpl.causal_mask(2, 3)
+    assert causal.tolist() == [[[[True, True, False], [True, True, True]]]]
+    assert AttentionImpl.causal_mask(2, 3, q_offset=0).sum() == 3
+    keys = jnp.array([[[[1, 0, 1]]]])
+    both = AttentionImpl.combine_masks(None, causal, keys)
+    assert both.tolist() == [[[[True, False, False], [True, False, True]]]] and AttentionImpl.combine_masks() is None
+    bias = AttentionImpl.mask_to_bias(both, jnp.bfloat16)
+    assert bias.dtype == jnp.bfloat16 and (jnp.isneginf(bias) == ~both).all() and (bias[both] == 0).all()
+
+
 def test_blockwise_computes_the_tiles_asked_for():
     def loops(tile):
         impl = AttentionRegistry.create("blockwise", one_device().replace(blocksize_q=tile, blocksize_k=tile))

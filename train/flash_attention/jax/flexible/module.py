@@ -14,7 +14,8 @@ from flash_attention.core.validation import check_bool, check_int, is_int
 from flash_attention.jax.flexible.config import pick
 from flash_attention.jax.flexible.metadata import AttentionMetadata
 from flash_attention.jax.flexible.partition import AUTOREGRESSIVE, TRAIN, create_stable_sharding, swapped
-from flash_attention.jax.flexible.registry import AttentionRegistry
+from flash_attention.jax.flexible.registry import AttentionImpl, AttentionRegistry
+from flash_attention.jax.functional import checked_mask
 
 LAYER = "FlexibleAttentionModule"
 
@@ -280,15 +281,17 @@ def _length(name, value, full):
 
 
 def _keep_mask(attention_mask, causal_mask):
+    checked_mask(LAYER, attention_mask, "attention_mask")
+    checked_mask(LAYER, causal_mask, "causal_mask")
     if attention_mask is not None:
         rank = jnp.ndim(attention_mask)
         if rank not in (2, 3, 4):
             raise invalid_value(LAYER, "attention_mask", "of rank 2, 3 or 4", "rank {}".format(rank))
         attention_mask = jnp.asarray(attention_mask)
         attention_mask = {2: lambda x: x[:, None, None], 3: lambda x: x[:, None], 4: lambda x: x}[rank](attention_mask)
-    if causal_mask is None or attention_mask is None:
-        return attention_mask if causal_mask is None else causal_mask
-    return (attention_mask > 0) & (jnp.asarray(causal_mask) > 0)
+    if causal_mask is None:
+        return attention_mask
+    return AttentionImpl.combine_masks(attention_mask, causal_mask)
 
 
 def _segments(segment_ids, q_len, kv_len):

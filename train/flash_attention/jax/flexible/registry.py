@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flash_attention.core.errors import Reason, invalid_value
+from flash_attention.core.ranges import Band, visible
 from flash_attention.core.spec import NO_LIMIT
 from flash_attention.core.validation import check_bool
 from flash_attention.jax.flexible.output import AttentionOutput
@@ -180,6 +181,24 @@ class AttentionImpl:
     def repeat_kv_heads(key, value, num_reps):
         """(B, S, K, D) -> (B, S, K * num_reps, D), each head repeated in place: 0, 0, 1, 1."""
         return jnp.repeat(key, num_reps, axis=2), jnp.repeat(value, num_reps, axis=2)
+
+    @staticmethod
+    def combine_masks(*masks):
+        """AND of keep masks (True or > 0), broadcast against each other; None counts as all True."""
+        kept = [jnp.asarray(mask) > 0 for mask in masks if mask is not None]
+        return functools.reduce(jnp.logical_and, kept) if kept else None
+
+    @staticmethod
+    def causal_mask(q_len, kv_len, q_offset=None):
+        """Keep mask (1, 1, q_len, kv_len) of causality, bottom-right unless ``q_offset`` says otherwise."""
+        band = Band(q_len, kv_len, right=0)
+        position = jnp.arange(q_len)[:, None] + (kv_len - q_len if q_offset is None else q_offset)
+        return visible(band, position, jnp.arange(kv_len)[None, :])[None, None]
+
+    @staticmethod
+    def mask_to_bias(mask, dtype=jnp.float32):
+        """0 where a keep mask keeps, -inf elsewhere, for a mechanism that takes a bias only."""
+        return jnp.where(jnp.asarray(mask) > 0, 0.0, -jnp.inf).astype(dtype)
 
     def create_stable_sharding(self, state_ps, preserved_indices=None, clone_ps=None, dep=True, tensor=None):
         """See :func:`create_stable_sharding`; the mesh is the metadata's."""
