@@ -22,6 +22,20 @@ PUBLIC = (
         (
             ("jax/layer.py", "flash_attention.jax", ("FlashAttention",)),
             ("jax/functional.py", "flash_attention.jax", ("flash_attention",)),
+            ("jax/flexible/module.py", "flash_attention.jax", ("FlexibleAttentionModule",)),
+            ("jax/flexible/output.py", "flash_attention.jax", ("AttentionOutput",)),
+            ("jax/flexible/registry.py", "flash_attention.jax", ("AttentionRegistry", "AttentionImpl")),
+            ("jax/flexible/metadata.py", "flash_attention.jax", ("AttentionMetadata",)),
+            ("jax/flexible/config.py", "flash_attention.jax", ("AttentionBaseConfig",)),
+            ("jax/flexible/partition.py", "flash_attention.jax", ("PartitionAxis",)),
+            ("jax/flexible/record.py", "flash_attention.jax.flexible.record", ("Record",)),
+            ("jax/flexible/cache.py", "flash_attention.jax", ("FlaxAttentionModule",)),
+            ("jax/flexible/benchmark.py", "flash_attention.jax", ("run_attention_benchmarks",)),
+            ("jax/flexible/benchmark.py", "flash_attention.jax.flexible", ("BenchmarkTable",)),
+            ("jax/distributed/call.py", "flash_attention.jax.distributed", ("attention", "explain")),
+            ("jax/distributed/mesh.py", "flash_attention.jax.distributed", ("Axes", "make_mesh")),
+            ("jax/distributed/plan.py", "flash_attention.jax.distributed", ("Plan",)),
+            ("jax/distributed/processes.py", "flash_attention.jax.distributed", ("initialize",)),
         ),
     ),
     (
@@ -102,6 +116,8 @@ def _call(name, arguments):
     if arguments.kwonlyargs:
         words.append("*")
         words += [_with_default(item.arg, value) for item, value in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    if arguments.kwarg:
+        words.append("**" + arguments.kwarg.arg)
     return _wrapped(name, words)
 
 

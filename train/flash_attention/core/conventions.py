@@ -54,6 +54,22 @@ CALLS = (
         _FUNCTION_MASKS,
         BOTTOM_RIGHT + ", q_offset= overrides",
     ),
+    Call(
+        "flash_attention.jax.distributed.attention",
+        "BSND, BNSD",
+        "mask",
+        KEEP,
+        _FUNCTION_MASKS,
+        BOTTOM_RIGHT + ", q_offset= overrides",
+    ),
+    Call(
+        "flash_attention.jax.FlexibleAttentionModule",
+        "BSND",
+        "attention_mask",
+        KEEP,
+        "(B,Sk), (1|B,1|Sq,Sk), (1|B,1|N,1|Sq,1|Sk)",
+        BOTTOM_RIGHT + ", q_offset= overrides",
+    ),
 )
 
 

@@ -157,7 +157,7 @@ def attend(layer, query, key, value, operands, options, implementation=None):
 def prepare(layer, query, key, value, operands, options):
     """Validate a call: ``(spec, operands as arrays of the ranks that the spec describes)``. Takes what attend takes."""
     operands = operands._replace(
-        mask=_checked_mask(layer, operands.mask),
+        mask=checked_mask(layer, operands.mask),
         q_lengths=_lengths(layer, "query_seq_lengths", operands.q_lengths, query),
         kv_lengths=_lengths(layer, "key_value_seq_lengths", operands.kv_lengths, query),
         dropout_seed=_seed(layer, operands.dropout_seed),
@@ -228,13 +228,13 @@ def _is_concrete(x):
     return not isinstance(x, jax.core.Tracer)
 
 
-def _checked_mask(layer, mask):
+def checked_mask(layer, mask, name="mask"):
     """A float mask with negative entries was meant to be added: say so, wherever its values can be seen."""
     if mask is not None and _is_concrete(mask) and jnp.issubdtype(jnp.asarray(mask).dtype, jnp.floating):
         if np.any(np.asarray(mask) < 0):
             need = "boolean or >= 0 (keep where True or > 0)"
             got, remedy = "a float mask with negative values", "Pass an additive mask as bias=."
-            raise invalid_value(layer, "mask", need, got, remedy)
+            raise invalid_value(layer, name, need, got, remedy)
     return mask
 
 

@@ -8,6 +8,7 @@ COMMANDS = {
     "check": ("flash_attention.tools.check", "verify every engine on this computer against the numpy reference"),
     "plan": ("flash_attention.tools.plan", "draw the tile plan of a call"),
     "bench": ("flash_attention.tools.bench.run", "measure engines side by side: time, memory, error"),
+    "launch": ("flash_attention.tools.launch", "start local processes of a script; end all when one fails or hangs"),
 }
 
 

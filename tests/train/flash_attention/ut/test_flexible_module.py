@@ -164,6 +164,9 @@ def test_bad_call():
         module()(query[:, :3], key, value, segment_ids=jnp.zeros((B, T), jnp.int32))
     with pytest.raises(ValueError, match=r"'key_value_sequence_length' must be an int in \[0, 24\]"):
         module()(query, key, value, key_value_sequence_length=25)
+    for name in ("attention_mask", "causal_mask"):
+        with pytest.raises(ValueError, match="'{}' must be boolean or >= 0.*bias=".format(name)):
+            module()(query, key, value, **{name: jnp.full((B, 1, 1, T), -1e9)})
     with pytest.raises(TypeError, match="'uses_cache' must be a bool"):
         module()(query, key, value, uses_cache=1)
 

@@ -1,9 +1,10 @@
 """Flexible attention: one factory over many mechanisms, and the registry that they join with one decorated class."""
 
+from flash_attention.jax.distributed.mesh import make_mesh
 from flash_attention.jax.flexible import mechanisms  # noqa: F401  (registers them)
 from flash_attention.jax.flexible.benchmark import BenchmarkTable, run_attention_benchmarks
 from flash_attention.jax.flexible.cache import FlaxAttentionModule, KVCache
-from flash_attention.jax.flexible.config import AttentionBaseConfig, make_mesh
+from flash_attention.jax.flexible.config import AttentionBaseConfig
 from flash_attention.jax.flexible.metadata import AttentionMetadata
 from flash_attention.jax.flexible.module import FlexibleAttentionModule
 from flash_attention.jax.flexible.output import AttentionOutput

@@ -12,7 +12,7 @@ import numpy as np
 from flash_attention.core import reference
 from flash_attention.core.errors import UnsupportedError, invalid_value
 from flash_attention.core.spec import AttentionSpec, Operands
-from flash_attention.jax.flexible.config import make_mesh
+from flash_attention.jax.distributed.mesh import make_mesh
 from flash_attention.jax.flexible.metadata import AttentionMetadata
 from flash_attention.jax.flexible.registry import AttentionRegistry
 
@@ -135,7 +135,9 @@ def run_attention_benchmarks(
         axis_dims: the mesh ("dp", "fsdp", "tp", "sp") of all devices; one size may be -1.
         num_attention_heads, num_key_value_heads, head_dim: N, K (default N), D.
         blocksize_q, blocksize_k: tile of 'blockwise'; ``chunk_size`` sets both.
-        dtype: of the tensors. calculate_gradients: backward too. rounds: how often each is timed.
+        dtype: of the tensors.
+        calculate_gradients: backward too.
+        rounds: how often each is timed.
 
     Returns:
         :class:`BenchmarkTable`.

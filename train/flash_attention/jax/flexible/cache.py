@@ -26,8 +26,9 @@ class FlaxAttentionModule:
     """Base of attention layers.
 
     Args:
-        num_attention_heads: N. num_key_value_heads: K, default N; divides it.
+        num_attention_heads: N.
         head_dim: D.
+        num_key_value_heads: K, default N; divides it.
     """
 
     def __init__(self, num_attention_heads, head_dim, num_key_value_heads=None):
@@ -60,7 +61,9 @@ class FlaxAttentionModule:
         """Append the new keys and values.
 
         Args:
-            cache: :class:`KVCache`. query: (B, T, N, D); key, value: (B, T, K, D), the new tokens.
+            cache: :class:`KVCache`.
+            query: (B, T, N, D), of the new tokens.
+            key, value: (B, T, K, D), likewise.
             attention_mask: keep mask (B, max_length) or (1|B, 1, 1|T, max_length) over the cache, or None.
 
         Under jit the caller must see to it that the new tokens fit: there the index has no value yet to be checked.

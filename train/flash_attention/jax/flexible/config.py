@@ -3,12 +3,9 @@
 import dataclasses
 from typing import Any, Optional, Tuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
-from flash_attention.core.errors import invalid_value
+from flash_attention.jax.distributed.mesh import make_mesh
 from flash_attention.jax.flexible.partition import PartitionAxis
 from flash_attention.jax.flexible.record import Record
 
@@ -21,7 +18,8 @@ class AttentionBaseConfig(Record):
         axis_dims, axis_names: the mesh; one size may be -1: what is left of the devices.
         block_q, block_k, block_b: compute tile and batch rows a step.
         attn_mechanism: name of the mechanism, None = the module's default.
-        attn_dtype: dtype that attention computes in. attn_softmax_dtype: of its softmax.
+        attn_dtype: dtype that attention computes in.
+        attn_softmax_dtype: of its softmax, must be float32.
         attention_axis_name: the mesh axis of the sequence.
         partition_axis: mesh axes by role.
         shard_attention_computation: compute each device's part of a mesh by itself (shard_map).
@@ -58,25 +56,6 @@ class AttentionBaseConfig(Record):
     def mesh(self):
         """The mesh of all devices in the shape of ``axis_dims``."""
         return make_mesh(self.axis_dims, self.axis_names)
-
-
-def make_mesh(axis_dims, axis_names=("dp", "fsdp", "tp", "sp"), devices=None):
-    """A mesh of ``axis_dims``, of which one may be -1 (what is left of ``devices``, default all).
-
-    Raises:
-        ValueError: sizes that do not fit the number of devices.
-    """
-    devices = np.asarray(jax.devices() if devices is None else devices, dtype=object).reshape(-1)
-    dims = list(axis_dims)
-    known = int(np.prod([size for size in dims if size != -1]))
-    good = len(dims) == len(axis_names) and dims.count(-1) <= 1 and all(size > 0 or size == -1 for size in dims)
-    if good and -1 in dims:
-        good = devices.size % known == 0
-        dims[dims.index(-1)] = known = devices.size // known
-    if not good or int(np.prod(dims)) != devices.size:
-        need = "{} sizes with product {}, at most one of them -1".format(len(axis_names), devices.size)
-        raise invalid_value("make_mesh", "axis_dims", need, tuple(axis_dims))
-    return Mesh(devices.reshape(dims), tuple(axis_names))
 
 
 # Attribute of a base config for an argument whose name differs.

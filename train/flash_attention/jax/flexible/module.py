@@ -14,7 +14,8 @@ from flash_attention.core.validation import check_bool, check_int, is_int
 from flash_attention.jax.flexible.config import pick
 from flash_attention.jax.flexible.metadata import AttentionMetadata
 from flash_attention.jax.flexible.partition import AUTOREGRESSIVE, TRAIN, create_stable_sharding, swapped
-from flash_attention.jax.flexible.registry import AttentionRegistry
+from flash_attention.jax.flexible.registry import AttentionImpl, AttentionRegistry
+from flash_attention.jax.functional import checked_mask
 
 LAYER = "FlexibleAttentionModule"
 
@@ -28,7 +29,8 @@ class FlexibleAttentionModule:
     Args:
         mesh: ``jax.sharding.Mesh``; default ``base_config.mesh``, else one device.
         sm_scale: factor on the scores, default ``head_dims ** -0.5``.
-        num_kv_heads: K, default N. num_q_heads: N; ``num_attention_heads`` is the same argument.
+        num_kv_heads: K, default N.
+        num_q_heads: N; ``num_attention_heads`` is the same argument.
         head_dims: D.
         attn_mechanism: a name of ``AttentionRegistry``; default 'sdpa' on a GPU, else 'vanilla'.
         blocksize_q, blocksize_k: compute tile of 'blockwise' (default 64 and 128); other mechanisms choose their own. A
@@ -44,7 +46,8 @@ class FlexibleAttentionModule:
         shard_attention_computation: on several devices each computes its own part (default), see AttentionMetadata.
         use_sharding_constraint: pin query, key, value and output to the mesh by ``partition_axis``; default False.
         axis_name: mesh axis of the sequence, default 'sp'.
-        platform: None or 'jax'. backend: see AttentionMetadata.
+        platform: None or 'jax'.
+        backend: where it runs, see AttentionMetadata.
         backward_pass_impl: 'triton' or 'xla': names of another package's kernels; each mechanism here has one backward,
             which both stand for.
         base_config: source of defaults; ``base_module_class`` is the same argument.
@@ -278,15 +281,17 @@ def _length(name, value, full):
 
 
 def _keep_mask(attention_mask, causal_mask):
+    checked_mask(LAYER, attention_mask, "attention_mask")
+    checked_mask(LAYER, causal_mask, "causal_mask")
     if attention_mask is not None:
         rank = jnp.ndim(attention_mask)
         if rank not in (2, 3, 4):
             raise invalid_value(LAYER, "attention_mask", "of rank 2, 3 or 4", "rank {}".format(rank))
         attention_mask = jnp.asarray(attention_mask)
         attention_mask = {2: lambda x: x[:, None, None], 3: lambda x: x[:, None], 4: lambda x: x}[rank](attention_mask)
-    if causal_mask is None or attention_mask is None:
-        return attention_mask if causal_mask is None else causal_mask
-    return (attention_mask > 0) & (jnp.asarray(causal_mask) > 0)
+    if causal_mask is None:
+        return attention_mask
+    return AttentionImpl.combine_masks(attention_mask, causal_mask)
 
 
 def _segments(segment_ids, q_len, kv_len):

@@ -1,14 +1,12 @@
 """How attention tensors lie on a mesh: axis names by role, and PartitionSpecs made from them."""
 
 import dataclasses
-from typing import Optional, Tuple, Union
 
 from jax.sharding import PartitionSpec
 
 from flash_attention.core.errors import invalid_value
+from flash_attention.jax.distributed.mesh import Axis, fitting
 from flash_attention.jax.flexible.record import Record
-
-Axis = Optional[Union[str, Tuple[str, ...]]]
 
 TRAIN, PREFILL = "__train__", "__prefill__"
 AUTOREGRESSIVE, INSERT = "__autoregressive__", "__insert__"
@@ -76,31 +74,6 @@ def swapped(spec):
     """A spec of BTHD tensors as one of BHTD tensors."""
     batch, sequence, head, dim = spec
     return PartitionSpec(batch, head, sequence, dim)
-
-
-def names_of(axis):
-    """Mesh axes of one entry of a PartitionSpec as a tuple."""
-    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
-
-
-def fitting(axis, mesh, size):
-    """The part of a PartitionSpec entry that ``mesh`` has and whose product divides ``size``; None when none is left.
-
-    Axes are dropped from the end: a batch of 2 on ("fsdp": 2, "dp": 4) keeps "fsdp".
-    """
-    kept = [name for name in names_of(axis) if name in mesh.shape]
-    while kept and size % _product(mesh.shape[name] for name in kept):
-        kept.pop()
-    if not kept:
-        return None
-    return kept[0] if len(kept) == 1 else tuple(kept)
-
-
-def _product(sizes):
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 def create_stable_sharding(state_ps, preserved_indices=None, clone_ps=None, dep=True, tensor=None, mesh=None):

@@ -13,6 +13,7 @@ It is given exactly the arguments that a caller set, under the keywords of ``fla
 that its method does not take is refused with a reason: a mechanism cannot ignore anything.
 """
 
+import functools
 import inspect
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flash_attention.core.errors import Reason, invalid_value
+from flash_attention.core.ranges import Band, visible
 from flash_attention.core.spec import NO_LIMIT
 from flash_attention.core.validation import check_bool
 from flash_attention.jax.flexible.output import AttentionOutput
@@ -132,7 +134,8 @@ class AttentionImpl:
 
         Args:
             query: (B, T, N, D); key, value: (B, S, K, D); K divides N.
-            mode: '__train__', '__prefill__', '__autoregressive__', '__insert__'; default :meth:`get_mode`.
+            mode: '__train__', '__prefill__', '__autoregressive__', '__insert__'; default :meth:`get_mode`. It says how
+                tensors lie on a mesh, for mechanisms whose method takes ``mode``; the result is the same.
             deterministic: False = training: ``metadata.dropout_prob`` acts.
             dropout_rng: PRNG key that the dropout's seed is drawn from.
             arguments: keywords of :data:`ARGUMENTS`, which are those of ``flash_attention.jax.flash_attention``.
@@ -147,7 +150,7 @@ class AttentionImpl:
         for name in arguments:
             if name not in ARGUMENTS:
                 raise TypeError("'{}' is no argument of a mechanism. They are: {}".format(name, ", ".join(ARGUMENTS)))
-        check_mode(self.get_mode(query) if mode is None else mode)
+        mode = check_mode(self.get_mode(query) if mode is None else mode)
         arguments = {name: x for name, x in arguments.items() if not _is_default(name, x)}
         arguments.update(self._dropout(layer, deterministic, dropout_rng, arguments))
         if self.metadata.softmax_scale is not None and "scale" not in arguments:
@@ -159,7 +162,10 @@ class AttentionImpl:
             raise reason.error(layer)
         if self.metadata.runtime_dtype is not None:
             query, key, value = (x.astype(self.metadata.runtime_dtype) for x in (query, key, value))
-        return self.forward_method()(query, key, value, **arguments)
+        forward = self.forward_method()
+        if "mode" in inspect.signature(forward).parameters:
+            arguments["mode"] = mode
+        return forward(query, key, value, **arguments)
 
     def _dropout(self, layer, deterministic, rng, arguments):
         check_bool(layer, "deterministic", deterministic)
@@ -175,6 +181,24 @@ class AttentionImpl:
     def repeat_kv_heads(key, value, num_reps):
         """(B, S, K, D) -> (B, S, K * num_reps, D), each head repeated in place: 0, 0, 1, 1."""
         return jnp.repeat(key, num_reps, axis=2), jnp.repeat(value, num_reps, axis=2)
+
+    @staticmethod
+    def combine_masks(*masks):
+        """AND of keep masks (True or > 0), broadcast against each other; None counts as all True."""
+        kept = [jnp.asarray(mask) > 0 for mask in masks if mask is not None]
+        return functools.reduce(jnp.logical_and, kept) if kept else None
+
+    @staticmethod
+    def causal_mask(q_len, kv_len, q_offset=None):
+        """Keep mask (1, 1, q_len, kv_len) of causality, bottom-right unless ``q_offset`` says otherwise."""
+        band = Band(q_len, kv_len, right=0)
+        position = jnp.arange(q_len)[:, None] + (kv_len - q_len if q_offset is None else q_offset)
+        return visible(band, position, jnp.arange(kv_len)[None, :])[None, None]
+
+    @staticmethod
+    def mask_to_bias(mask, dtype=jnp.float32):
+        """0 where a keep mask keeps, -inf elsewhere, for a mechanism that takes a bias only."""
+        return jnp.where(jnp.asarray(mask) > 0, 0.0, -jnp.inf).astype(dtype)
 
     def create_stable_sharding(self, state_ps, preserved_indices=None, clone_ps=None, dep=True, tensor=None):
         """See :func:`create_stable_sharding`; the mesh is the metadata's."""
@@ -218,6 +242,23 @@ class AttentionRegistry:
         cls._classes[names[0]] = impl
         cls._aliases.update((alias, names[0]) for alias in names[1:])
         return impl
+
+    @classmethod
+    def register_function(cls, names, function, exact=False):
+        """Register ``function(query, key, value, ...)``, BTHD in and out, as a mechanism.
+
+        Args:
+            names: a name, or a tuple of the name and its aliases.
+            function: its keywords among :data:`ARGUMENTS` are what the mechanism takes; all others are refused.
+            exact: see :class:`AttentionImpl`.
+        """
+
+        @functools.wraps(function)  # the signature says what it takes
+        def forward(query, key, value, **arguments):
+            return output_of(function(query, key, value, **arguments))
+
+        body = {"names": names, "exact": exact, "forward_native": staticmethod(forward), "__doc__": function.__doc__}
+        return cls.register(type(function.__name__, (AttentionImpl,), body))
 
     @classmethod
     def unregister(cls, name):

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from flash_attention.core import reference
 from flash_attention.core.errors import Reason
 from flash_attention.jax.flexible.output import AttentionOutput
+from flash_attention.jax.flexible.partition import TRAIN
 from flash_attention.jax.flexible.registry import AttentionImpl, AttentionRegistry, output_of
 from flash_attention.jax.functional import call_of, flash_attention, prepare
 
@@ -39,10 +40,10 @@ class ShardedVanilla(Vanilla):
 
     names = "sharded_vanilla"
 
-    def forward_native(self, query, key, value, **arguments):
+    def forward_native(self, query, key, value, *, mode=TRAIN, **arguments):
         metadata = self.metadata
         # The heads of key and value are sharded where they divide the axis; else XLA would replicate queries too.
-        specs = metadata.get_shardings(metadata.get_mode(query), qkv_mni_sharding=True)
+        specs = metadata.get_shardings(mode, qkv_mni_sharding=True)
 
         def pinned(x, spec):
             spec = self.create_stable_sharding(spec, tensor=x)
