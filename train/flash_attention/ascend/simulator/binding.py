@@ -1,4 +1,4 @@
-"""Binding: a plan becomes one closure over numpy views that checks marks, computes, marks, and leaves a trace record."""
+"""Binding: a plan becomes one closure over numpy views that checks marks, computes, marks and leaves a record."""
 
 from .trace import TraceRecord, overlap, span
 
@@ -104,9 +104,9 @@ def _sequence(steps):
     return run
 
 
-def unwritten(statement, view):
+def unwritten(call, view):
     """Report that an operand holds bytes nobody wrote."""
-    statement.call.fail(
+    call.fail(
         "uninitialized", view.operand, "written before it is read",
         "element {} of the part of '{}' it reads, which nobody wrote".format(view.first_unwritten(), view.buffer.name),
         hazard=True,
@@ -120,7 +120,7 @@ def _compute(machine, statement, plan, writes, reads):
     def run():
         for view in checked:
             if not view.buffer.clean and not view.written():
-                unwritten(statement, view)
+                unwritten(statement.call, view)
         kernel(*arrays)
         for view in writes:
             if not view.buffer.clean:
@@ -155,7 +155,7 @@ def _special(machine, statement, plan, writes, reads):
         kernel(*arrays)
         wrong = shadow(*views)
         if wrong is not None and checked:
-            unwritten(statement, wrong)
+            unwritten(statement.call, wrong)
 
     return run
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .binding import unwritten
 from .chips import GM
 from .errors import caller_line
 from .expr import FLOATS, as_expr, is_dynamic
@@ -37,7 +38,7 @@ def load_scalar(call, dst, src):
 
     def effect(machine, statement, view):
         if not view.written() and machine.params.uninitialized == "raise":
-            call.fail("uninitialized", "src", "written before it is read", "'{}'".format(view.buffer.name), hazard=True)
+            unwritten(call, view)
         machine.registers[index] = number(view.data[()])
 
     return Plan([access], [], effect=effect, costs=[Cost("S", call.rates.scalar_access, access.dtype.itemsize)])

@@ -1,7 +1,7 @@
 """Addresses of vector instructions: masks, repeats, block and repeat strides, and the rules of overlap.
 
-One repeat processes 256 bytes of the widest operand: 8 blocks of 32 bytes. Operand element (repeat r, lane l) of an
-operand with L = 32 / itemsize lanes a block lies at ``r * rep_stride * 32 + l // L * blk_stride * 32 + l % L * itemsize``.
+One repeat processes 256 bytes of the widest operand: 8 blocks of 32 bytes. With L = 32 / itemsize lanes a block, the
+element of repeat r and lane l lies at byte ``r * rep_stride * 32 + l // L * blk_stride * 32 + l % L * itemsize``.
 A mask becomes runs of lanes, runs become the pieces of an Access: numpy views of shape (repeats, lanes) where block
 strides are 1, else (repeats, blocks, lanes of a block).
 """
@@ -131,6 +131,17 @@ def accesses(call, operands, runs, repeats, sequential=False):
     return result
 
 
+def slots(access, runs):
+    """(first lane, lanes) of each piece of the access: pieces follow the runs in order."""
+    slots, queue = [], list(runs)
+    for _, shape, _ in access.pieces:
+        count = int(np.prod(shape[1:]))
+        lane, left = queue[0]
+        slots.append((lane, count))
+        queue[:1] = [(lane + count, left - count)] if left > count else []
+    return slots
+
+
 def _reach(operand, lanes):
     """(blocks of one repeat, blocks from the first to the last of them)."""
     blocks = -(-lanes * operand.address.itemsize // BLOCK)
@@ -187,5 +198,6 @@ def check_overlap(call, destination, sources, lanes, repeats, accumulates=False)
 def _refuse_overlap(call, source, destination, where):
     call.fail(
         "overlap", source.name, "clear of '{}', or identical to it".format(destination.name),
-        "a part of '{}' that '{}' writes in {}".format(source.address.buffer.name, destination.name, where), hazard=True,
+        "a part of '{}' that '{}' writes in {}".format(source.address.buffer.name, destination.name, where),
+        hazard=True,
     )  # fmt: skip

@@ -198,16 +198,18 @@ class Call:
 
 
 def table(chip=None):
-    """The table as text lines: name, unit, dtypes a chip, limits, cost, source."""
-    lines = []
+    """The table in Markdown, one line a row: name, unit, dtypes (of ``chip``, or of each), limits, cost, source."""
+    lines = ["| call | pipe | dtypes (dst<-src) | limits | cost | source |", "|---|---|---|---|---|---|"]
     for name in sorted(INSTRUCTIONS):
         row = INSTRUCTIONS[name]
-        dtypes = "; ".join(
-            "{}: {}".format(key, ", ".join("<-".join(short(dtype) for dtype in kinds) for kinds in rows) or "by path")
-            for key, rows in sorted(row.dtypes.items())
+        by_chip = {
+            key: ", ".join("<-".join(short(dtype) for dtype in kinds) for kinds in rows) or "any"
+            for key, rows in row.dtypes.items()
             if chip in (None, key)
-        )
-        lines.append(" | ".join((name, row.unit, dtypes, row.limits, row.cost, row.source)))
+        }
+        same = len(set(by_chip.values())) == 1
+        dtypes = "; ".join(sorted(set(by_chip.values()) if same else map(": ".join, by_chip.items())))
+        lines.append("| {} |".format(" | ".join((name, row.unit, dtypes, row.limits, row.cost, row.source))))
     return lines
 
 

@@ -23,8 +23,7 @@ def _check_tiles(call, target, source, repeats):
     """In place only where every tile keeps its address; otherwise the operands must not overlap."""
     if target.buffer is source.buffer and target.start < source.stop and source.start < target.stop:
         if target.pieces != source.pieces:
-            call.fail("overlap", "src", "clear of 'dst', or identical to it", "a part of '{}'".format(source.buffer.name),
-                      hazard=True)  # fmt: skip
+            call.fail("overlap", "src", "clear of 'dst', or identical to it", "a part of it", hazard=True)
 
 
 def _vec_trans(call, dst, src, repeat_times, dst_rep_stride, src_rep_stride):
@@ -74,8 +73,8 @@ def _scatter(call, dst_high_half, src_high_half, dst_list, src_list, repeat_time
                 "range", operand, "a list of 16 tensors", len(items) if isinstance(items, (list, tuple)) else items
             )
         if repeats == 1 and stride != 0:
-            call.fail("range", operand[:3] + "_rep_stride", "0 when repeat_times is 1 (it is added to the address)", stride,
-                      hazard=True)  # fmt: skip
+            need = "0 when repeat_times is 1 (it is added to the address)"
+            call.fail("range", operand[:3] + "_rep_stride", need, stride, hazard=True)
         sides.append([_block(call, operand, item, stride, high, repeats) for item in items])
     dtypes = {item.dtype for item in list(dst_list) + list(src_list)}
     if len(dtypes) > 1:
@@ -110,8 +109,12 @@ def _scatter_marks(kernel):
     return shadow
 
 
-_SCATTER = {"unit": "V", "dtypes": _SIXTEEN + [("int8", "int8"), ("uint8", "uint8")], "cost": "2 cycles a repeat [U]",
-            "limits": "UB; 16 blocks a list, 32 B starts; repeat_times 1..255; strides 0..65535, 0 with one repeat"}  # fmt: skip
+_SCATTER = {
+    "unit": "V",
+    "dtypes": _SIXTEEN + [("int8", "int8"), ("uint8", "uint8")],
+    "limits": "UB; 16 blocks a list, 32 B starts; repeat_times 1..255; strides 0..65535, 0 with one repeat",
+    "cost": "2 cycles a repeat [U]",
+}
 _PARAMETERS = "dst_high_half src_high_half dst_list src_list repeat_times dst_rep_stride src_rep_stride"
 register("vec_trans_scatter", _scatter, _PARAMETERS, **_SCATTER)
 register("vnchwconv", _scatter, _PARAMETERS, **_SCATTER)

@@ -45,7 +45,8 @@ def _path(call, dst, src):
     return path
 
 
-def _cost(call, path, size):
+def path_cost(call, path, size):
+    """Busy time of a move on its pipe."""
     return [Cost(path.pipe, -(-size // getattr(call.rates, path.rate)), size)]
 
 
@@ -69,7 +70,8 @@ def _bursts(call, operand, address, nburst, size, gap, dtype=None):
     return call.bounded(access, slack)
 
 
-def _copy(out, data):
+def copy(out, data):
+    """Kernel of every plain move."""
     np.copyto(out, data)
 
 
@@ -96,10 +98,10 @@ def data_move(call, dst, src, sid, nburst, burst, src_stride, dst_stride):
     source = _bursts(call, "src", src, nburst, size, src_stride * (unit if src.scope == L0C else BLOCK))
     target = _bursts(call, "dst", dst, nburst, size, dst_stride * (unit if dst.scope == L0C else BLOCK))
     _check_copy_overlap(call, target, source)
-    costs = _cost(call, path, nburst * size)
+    costs = path_cost(call, path, nburst * size)
     if (dst.scope, src.scope) == (GM, UB):
-        return Plan([source], [target], effect=_store(call), costs=costs)
-    return Plan([source], [target], _copy, costs, shadow="move")
+        return Plan([source], [target], effect=store(call), costs=costs)
+    return Plan([source], [target], copy, costs, shadow="move")
 
 
 def _fractal_bytes(call, address):
@@ -122,7 +124,7 @@ def _check_copy_overlap(call, target, source):
         call.fail("overlap", "src", "clear of 'dst', or identical to it", "overlapping bursts", hazard=True)
 
 
-def _store(call):
+def store(call):
     """UB->GM: adds where atomic add is on, writes where it is off."""
 
     def effect(machine, statement, out, data):
@@ -191,12 +193,12 @@ def tensor_mov(call, dst, src, block_mode, nburst, burst_len, dst_stride, src_st
     size = nburst * burst_len * L0C_FRACTAL * max(dst.itemsize, src.itemsize)
     kernel = _matrix_kernel(call, dst.dtype, src.dtype, relu, deqscale)
     shadow = "move" if dst.itemsize == src.itemsize else _narrowed_marks
-    return Plan(sides[1:], sides[:1], kernel, _cost(call, path, size), shadow=shadow)
+    return Plan(sides[1:], sides[:1], kernel, path_cost(call, path, size), shadow=shadow)
 
 
 def _matrix_kernel(call, dst, src, relu, deqscale):
     if dst == src and not relu:
-        return _copy
+        return copy
     if relu and (dst, src) != (F16, F32):
         call.fail("dtype", "relu", "False except for float16 <- float32", (dst, src))
     scale = np.float32(1 if deqscale is None else call.scalar("deqscale", deqscale, F16))
@@ -251,8 +253,8 @@ def load2dv1(call, dst, src, index, repeat_times, src_stride, sid, if_transpose=
     source = Access("src", src.buffer, src.dtype, [(src.offset + index * FRACTAL, shape, (step,) + strides)])
     target = Access("dst", dst.buffer, dst.dtype, [(dst.offset, shape, (FRACTAL,) + strides)])
     path = Path("MTE2" if src.scope == GM else "MTE1", rate)
-    kernel = _transposed if if_transpose else _copy
-    costs = _cost(call, path, repeat_times * FRACTAL)
+    kernel = _transposed if if_transpose else copy
+    costs = path_cost(call, path, repeat_times * FRACTAL)
     return Plan([call.bounded(source)], [call.bounded(target)], kernel, costs, shadow="move")
 
 
@@ -283,5 +285,5 @@ def broadcast_ub_to_l0c(call, dst, src, nburst, burst_len, src_gap, dst_gap):
     target_piece = (dst.offset, (nburst, burst_len, 16, 16), ((burst_len + dst_gap) * fractal, fractal, group, size))
     source = call.bounded(Access("src", src.buffer, src.dtype, [source_piece]))
     target = call.bounded(Access("dst", dst.buffer, dst.dtype, [target_piece]))
-    costs = _cost(call, Path("V", "ub_to_l0c"), nburst * burst_len * fractal)
-    return Plan([source], [target], _copy, costs, shadow="move")
+    costs = path_cost(call, Path("V", "ub_to_l0c"), nburst * burst_len * fractal)
+    return Plan([source], [target], copy, costs, shadow="move")

@@ -6,7 +6,8 @@ Masked lanes take part as the neutral element. Sums are binary trees over all la
 import numpy as np
 
 from . import numerics
-from .geometry import Operand, accesses, lane_runs, lanes_of, repeat_count
+from .binding import unwritten as unwritten_operand
+from .geometry import Operand, accesses, lane_runs, lanes_of, repeat_count, slots
 from .isa import NOTHING, Plan, register
 from .memory import BLOCK, Access
 from .vector import F16, F32, vector_cost
@@ -26,7 +27,7 @@ class Lanes:
         self.runs = lane_runs(call, mask, self.lanes)
         self.neutral, self.repeats = neutral, repeats
         self.access = accesses(call, [Operand("src", src, block, repeat)], self.runs, repeats)[0]
-        self.slots = _slots(self.access, self.runs)
+        self.slots = slots(self.access, self.runs)
 
     def gather(self, arrays):
         values = np.full((self.repeats, self.lanes), self.neutral, self.access.dtype)
@@ -35,18 +36,8 @@ class Lanes:
         return values
 
 
-def _slots(access, runs):
-    """(first lane, lanes) of each piece of the access: pieces follow the runs in order."""
-    slots, queue = [], list(runs)
-    for _, shape, _ in access.pieces:
-        count = int(np.prod(shape[1:]))
-        lane, left = queue[0]
-        slots.append((lane, count))
-        queue[:1] = [(lane + count, left - count)] if left > count else []
-    return slots
-
-
-def _check_disjoint(call, accesses_):
+def check_disjoint(call, accesses_):
+    """No two of the accesses share a byte of their ranges."""
     for i, left in enumerate(accesses_):
         for right in accesses_[i + 1 :]:
             if left.buffer is right.buffer and left.start < right.stop and right.start < left.stop:
@@ -55,15 +46,14 @@ def _check_disjoint(call, accesses_):
 
 def _reduction(call, lanes, target, reduce, costs, work=None, unwritten=None):
     """The plan of a reduction. ``reduce(values)`` gives an array of the target's shape."""
-    _check_disjoint(call, [lanes.access, target] + ([work] if work else []))
+    check_disjoint(call, [lanes.access, target] + ([work] if work else []))
 
     def effect(machine, statement, out, *views):
         sources = views[: len(lanes.slots)]
         if machine.params.uninitialized == "raise":
             for view in sources:
                 if not view.written():
-                    call.fail("uninitialized", "src", "written before it is read",
-                              "element {} of '{}'".format(view.first_unwritten(), view.buffer.name), hazard=True)  # fmt: skip
+                    unwritten_operand(call, view)
         result = reduce(lanes.gather([view.data for view in sources]))
         np.copyto(out.data, result)
         out.mark()
@@ -190,7 +180,8 @@ register("vcpadd", _pairs, "mask dst src repeat_times dst_rep_stride src_blk_str
 
 
 # --- everything -----------------------------------------------------------------------------------
-def _work(call, work_tensor, elements):
+def work_area(call, work_tensor, elements):
+    """The Access of the first ``elements`` of a work tensor; it must hold them."""
     call.tensor("work_tensor", work_tensor, "UB")
     call.aligned("work_tensor", work_tensor)
     piece = (work_tensor.offset, (elements,), (work_tensor.itemsize,))
@@ -219,7 +210,7 @@ def _reduce_add(call, mask, dst, src, work_tensor, repeat_times, src_rep_stride)
         return values[0]
 
     costs = vector_cost(call, lanes.lanes, repeats + -(-repeats // lanes.lanes))
-    return _reduction(call, lanes, target, reduce, costs, _work(call, work_tensor, repeats))
+    return _reduction(call, lanes, target, reduce, costs, work_area(call, work_tensor, repeats))
 
 
 register("vec_reduce_add", _reduce_add, "mask dst src work_tensor repeat_times src_rep_stride", "V",
@@ -251,11 +242,11 @@ def _reduce_extreme(name, kind):
 
         costs = vector_cost(call, lanes.lanes, repeats + -(-2 * repeats // lanes.lanes))
         need = 2 * repeats if not cal_index else 2 * repeats + lanes.lanes
-        return _reduction(call, lanes, target, reduce, costs, _work(call, work_tensor, need))
+        return _reduction(call, lanes, target, reduce, costs, work_area(call, work_tensor, need))
 
     register(name, plan, "mask dst src work_tensor repeat_times src_rep_stride cal_index=False", "V",
              dtypes=[(F16, F16)], sync=False, ir=4, cost="1 cycle a repeat, twice the tree",
-             limits=_LIMITS + "repeat_times 1..4095; work >= 2 * repeat_times elements (one repeat more with index [U])")  # fmt: skip
+             limits=_LIMITS + "repeat_times 1..4095; work >= 2 * repeat_times, a repeat more with index [U]")  # fmt: skip
 
 
 _reduce_extreme("vec_reduce_max", "max")

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from . import control, cube, layout, move, reduce, vector  # noqa: F401  (they fill the table)
+from . import control, cube, highlevel, layout, move, precise, reduce, select, vector  # noqa: F401  (they fill the table)
 from .chips import GM, SCOPE_STRINGS
-from .errors import SimulatorError, caller_line, violation_text
+from .errors import SimulatorError, caller_line
 from .expr import FLOATS, INTEGERS, Arithmetic, Expr, as_expr, convert_scalar, is_dynamic
 from .isa import INSTRUCTIONS
 from .machine import Machine

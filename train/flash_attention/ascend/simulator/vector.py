@@ -24,8 +24,9 @@ def vector_cost(call, lanes, repeats, slow=False):
     return [Cost("V", (rates.slow_vector if slow else 1) * -(-size // rates.vector), size)]
 
 
-def strides_of(call, names, values):
-    for name, value in zip(names, values):
+def check_strides(call, **strides):
+    """Block and repeat strides are 0..255."""
+    for name, value in strides.items():
         call.in_range(name, value, 0, MAX_STRIDE)
 
 
@@ -66,8 +67,7 @@ def _unary_or_binary(name, low_name, count, ufunc, dtypes, slow=False, undefined
     repeats = [operand + "_rep_stride" for operand in names]
 
     def plan(call, mask, repeat_times, **values):
-        strides_of(call, repeats, [values[key] for key in repeats])
-        strides_of(call, blocks, [values.get(key, 1) for key in blocks])
+        check_strides(call, **{key: value for key, value in values.items() if key.endswith("stride")})
         operands = [
             Operand(key, call.tensor(key, values[key], "UB"), values.get(block, 1), values[repeat])
             for key, block, repeat in zip(names, blocks, repeats)
@@ -133,8 +133,8 @@ for _row in (
 def _reciprocal_plan(
     call, mask, dst, src, repeat_times, dst_rep_stride, src_rep_stride, dst_blk_stride=1, src_blk_stride=1
 ):
-    strides_of(call, ("dst_rep_stride", "src_rep_stride"), (dst_rep_stride, src_rep_stride))
-    strides_of(call, ("dst_blk_stride", "src_blk_stride"), (dst_blk_stride, src_blk_stride))
+    check_strides(call, dst_rep_stride=dst_rep_stride, src_rep_stride=src_rep_stride)
+    check_strides(call, dst_blk_stride=dst_blk_stride, src_blk_stride=src_blk_stride)
     operands = [Operand("dst", call.tensor("dst", dst, "UB"), dst_blk_stride, dst_rep_stride),
                 Operand("src", call.tensor("src", src, "UB"), src_blk_stride, src_rep_stride)]  # fmt: skip
     dtype = call.typed("dst, src", dst, src)[0]
@@ -150,9 +150,9 @@ def _reciprocal_plan(
 
 _RECIPROCAL = {"unit": "V", "dtypes": [(F16, F16), (F32, F32)], "limits": LIMITS + "; SimulatorParams.reciprocal_error",
                "cost": "slow_vector [U] x 1 cycle a repeat"}  # fmt: skip
-register("vec_rec", _reciprocal_plan, "mask dst src repeat_times dst_rep_stride src_rep_stride", **_RECIPROCAL)
-register("vrec", _reciprocal_plan,
-         "mask dst src repeat_times dst_blk_stride src_blk_stride dst_rep_stride src_rep_stride", **_RECIPROCAL)  # fmt: skip
+_HEAD, _STRIDES = "mask dst src repeat_times ", "dst_rep_stride src_rep_stride"
+register("vec_rec", _reciprocal_plan, _HEAD + _STRIDES, **_RECIPROCAL)
+register("vrec", _reciprocal_plan, _HEAD + "dst_blk_stride src_blk_stride " + _STRIDES, **_RECIPROCAL)
 
 
 # --- with a scalar --------------------------------------------------------------------------------
@@ -161,8 +161,8 @@ def _with_scalar(name, low_name, ufunc, dtypes, updates=False):
 
     def plan(call, mask, dst, src, scalar, repeat_times, dst_rep_stride, src_rep_stride, dst_blk_stride=1,
              src_blk_stride=1, mask_mode="normal"):  # fmt: skip
-        strides_of(call, ("dst_rep_stride", "src_rep_stride"), (dst_rep_stride, src_rep_stride))
-        strides_of(call, ("dst_blk_stride", "src_blk_stride"), (dst_blk_stride, src_blk_stride))
+        check_strides(call, dst_rep_stride=dst_rep_stride, src_rep_stride=src_rep_stride)
+        check_strides(call, dst_blk_stride=dst_blk_stride, src_blk_stride=src_blk_stride)
         if mask_mode != "normal":
             call.fail(
                 "unsupported", "mask_mode", "'normal' (counter mode has no effect on these chips)", repr(mask_mode)
@@ -229,8 +229,8 @@ def _multiply_add(name, function, dtypes):
             (dst_rep_stride, src0_rep_stride, src1_rep_stride),
         )
         names = _names(2)
-        strides_of(call, [key + "_blk_stride" for key in names], blocks)
-        strides_of(call, [key + "_rep_stride" for key in names], repeats)
+        check_strides(call, **dict(zip([key + "_blk_stride" for key in names], blocks)))
+        check_strides(call, **dict(zip([key + "_rep_stride" for key in names], repeats)))
         operands = [Operand(key, call.tensor(key, address, "UB"), block, repeat)
                     for key, address, block, repeat in zip(names, (dst, src0, src1), blocks, repeats)]  # fmt: skip
         call.typed("dst, src0, src1", dst, src0, src1)
@@ -256,7 +256,7 @@ _multiply_add("vmaddrelu", lambda old, a, b: np.maximum(a * old + b, np.float32(
 
 # --- fill -----------------------------------------------------------------------------------------
 def _fill(call, mask, dst, scalar, repeat_times, dst_rep_stride, dst_blk_stride=1):
-    strides_of(call, ("dst_rep_stride", "dst_blk_stride"), (dst_rep_stride, dst_blk_stride))
+    check_strides(call, dst_rep_stride=dst_rep_stride, dst_blk_stride=dst_blk_stride)
     operand = Operand("dst", call.tensor("dst", dst, "UB"), dst_blk_stride, dst_rep_stride)
     call.typed("dst", dst)
     value = call.scalar("scalar", scalar, dst.dtype)
@@ -287,8 +287,8 @@ CONVERSIONS = {  # (dst, src) -> round modes
 
 def _conversion(call, mask, round_mode, dst, src, repeat_times, dst_rep_stride, src_rep_stride, deqscale=None,
                 ldst_high_half=False, dst_blk_stride=1, src_blk_stride=1):  # fmt: skip
-    strides_of(call, ("dst_rep_stride", "src_rep_stride"), (dst_rep_stride, src_rep_stride))
-    strides_of(call, ("dst_blk_stride", "src_blk_stride"), (dst_blk_stride, src_blk_stride))
+    check_strides(call, dst_rep_stride=dst_rep_stride, src_rep_stride=src_rep_stride)
+    check_strides(call, dst_blk_stride=dst_blk_stride, src_blk_stride=src_blk_stride)
     operands = [Operand("dst", call.tensor("dst", dst, "UB"), dst_blk_stride, dst_rep_stride),
                 Operand("src", call.tensor("src", src, "UB"), src_blk_stride, src_rep_stride)]  # fmt: skip
     kernel = converter(call, round_mode, dst, src, deqscale)
