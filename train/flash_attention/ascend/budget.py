@@ -38,11 +38,10 @@ def _unified_buffer(geometry):
         ("rescale", "float32", resident * statistic, "exp(m - m')"),
         ("tile_max", "float32", groups * LANES, "maximum over a tile's keys"),
         ("addend", "float32", groups * LANES, "what the exponent subtracts"),
+        ("scale", "float32", LANES, "the scale in every lane"),
         ("task", "int32", TASK_HEAD + len(TILE_FIELDS) * resident, "row of the task table"),
         ("core", "int32", CORE_FIELDS, "row of the core table"),
     ]
-    if not geometry.scaled_first:
-        buffers.append(("scale", "float32", LANES, "the scale in every lane"))
     tails = [tile - tail for tile, tail in ((tiles.q, geometry.q_tail), (keys, geometry.kv_tail))]
     if any(tails):
         buffers.append(("zeros", "float16", FRACTAL * max(tails), "rows that do not exist"))
@@ -73,6 +72,7 @@ def _operand_buffers(geometry):
     if spec.alibi_shape is not None:
         buffers.append(("key_index", "float32", keys * FRACTAL, "key index in the tile"))
         buffers.append(("slope", "float32", 16, "slope and -slope of the head"))
+        buffers.append(("slope_tiles", "float32", 2 * keys * FRACTAL, "slope * key, -slope * key"))
         buffers.append(
             ("lane_bias", "float32", geometry.tiles.groups * LANES, "ALiBi's part that is one value a query")
         )

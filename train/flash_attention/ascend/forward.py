@@ -37,7 +37,7 @@ class _Forward:
 
     def __init__(self, program, geometry, with_lse):
         self.program, self.api = program, program.api
-        self.tik_all, self.tik_any = program.tik.all, program.tik.any
+        self.tik_all = program.tik.all
         self.geometry, self.spec, self.tiles = geometry, geometry.spec, geometry.tiles
         self.with_lse = with_lse
         self.rows = geometry.depth + 16  # of O^T with its row sums
@@ -79,8 +79,7 @@ class _Forward:
         api, local = self.api, self.local
         fill(api, Lanes(local["half0"]), 1.0, 2, mask=128)
         layout.copy(api, Place(local["ones_l1"]), Place(local["half0"]), 256)
-        if "scale" in local:
-            fill(api, Lanes(local["scale"]), self.spec.scale, 1)
+        fill(api, Lanes(local["scale"]), self.spec.scale, 1)
         if "zeros" in local:
             fill(api, Lanes(local["zeros"], 0, 1), 0.0, self.buffers["zeros"].elements // 16, mask=16)
         if "index" in local:
@@ -97,7 +96,7 @@ class _Forward:
         stop = self.program.integer(self.local["task"][1], "stop")
         tiles = [_QueryTile(self, head, number, slot) for slot in range(self.tiles.resident)]
         if self.spec.alibi_shape is not None:
-            layout.copy(api, Place(self.local["slope"]), Place(self.gm["slopes"], head * 16), 16)
+            self._slopes(head)
         for tile in tiles:
             with tile.exists():
                 tile.start()
@@ -111,6 +110,14 @@ class _Forward:
         for tile in tiles:
             with tile.exists():
                 tile.store()
+
+    def _slopes(self, head):
+        """The head's slope, and its products with the key index, of both signs."""
+        layout.copy(self.api, Place(self.local["slope"]), Place(self.gm["slopes"], head * 16), 16)
+        for sign in (0, 1):
+            tile = Place(self.local["slope_tiles"], sign * self.tiles.kv * 16)
+            slope = Lanes(self.local["slope"], sign * 8, 0)
+            masks.slope_tile(self.api, tile, self.local["key_index"], slope, self.tiles.kv)
 
     def _load_keys(self, key, value, head, key_tile):
         """One tile of K and of V to L1; query heads of a group read the same ones."""
@@ -248,12 +255,13 @@ class _QueryTile:
         tile_max, addend = Lanes(local["tile_max"]), Lanes(local["addend"])
         if "lane_bias" in local:
             binary(api.vec_add, tile_max, tile_max, Lanes(local["lane_bias"]), groups)
-        scale = 1.0 if self.geometry.scaled_first else self.spec.scale
+        scale = self.spec.scale if self.geometry.scaled_late else 1.0
+        factor = Lanes(local["scale"], 0, 0) if self.geometry.scaled_late else None
         running, rescale = self.lanes("running", piece), self.lanes("rescale", piece)
         softmax.update_maximum(api, running, tile_max, rescale, addend, groups, scale)
         if "lane_bias" in local:
             binary(api.vec_add, addend, addend, Lanes(local["lane_bias"]), groups)
-        softmax.probabilities(api, half, work, addend, groups, keys, local.get("scale"))
+        softmax.probabilities(api, half, work, addend, groups, keys, factor)
         probs = self.probs()
         layout.copy(api, Place(probs.tensor, probs.offset + piece * elements), Place(half), elements)
         if self.spec.dropout_rate:
@@ -282,22 +290,25 @@ class _QueryTile:
         """Scale, bias, ALiBi, mask and bounds, on the piece of scores in 'work'."""
         api, local, groups, keys = self.api, self.local, self.tiles.groups, self.tiles.kv
         work = local["work"]
-        if self.geometry.scaled_first:
-            with_scalar(api.vec_muls, Lanes(work), Lanes(work), self.spec.scale, groups * keys // 4)
+        factor = Lanes(local["scale"], 0, 0)
         if self.spec.bias_shape is not None:
             bias_groups = self._load_piece("bias", piece, key_tile)
-            masks.add_bias(api, work, local["bias"], groups, keys, bias_groups)
+            masks.add_bias(api, work, Place(local["bias"]), groups, keys, bias_groups, factor)
+            factor = None
         if self.spec.alibi_shape is not None:
-            self._alibi(piece, key_tile)
+            self._alibi(piece, key_tile, factor)
+            factor = None
+        if factor is not None and not self.geometry.scaled_late:
+            with_scalar(api.vec_muls, Lanes(work), Lanes(work), self.spec.scale, groups * keys // 4)
         if self.spec.compact_mask:
             strip = key_tile - self.field["strip_first"]
             tiles = self.gm["mask"].shape[3]
             with api.if_scope(self.kernel.tik_all(strip >= 0, strip < tiles)):
                 self._load_piece("mask", piece, strip, self.field["strip_row"])
-                masks.discard(api, work, local["mask"], groups, keys, groups)
+                masks.discard(api, work, Place(local["mask"]), groups, keys, groups)
         elif self.spec.mask_shape is not None:
             mask_groups = self._load_piece("mask", piece, key_tile)
-            masks.discard(api, work, local["mask"], groups, keys, mask_groups)
+            masks.discard(api, work, Place(local["mask"]), groups, keys, mask_groups)
         if self.geometry.bounded_below:
             with api.if_scope(key_tile < self.field["low_stop"]):
                 first = self._relative("first_key", piece, key_tile, masks.UNIT)
@@ -315,21 +326,26 @@ class _QueryTile:
         binary(api.vec_sub, relative, self.lanes(name, piece), Lanes(local["start"], 0, 0), self.tiles.groups)
         return relative
 
-    def _alibi(self, piece, key_tile):
-        """Add ALiBi to the scores; what is one value a query goes to 'lane_bias' instead where that is possible."""
+    def _alibi(self, piece, key_tile, factor):
+        """Scale and add ALiBi; what is one value a query goes to 'lane_bias' instead where that is possible."""
         api, local, groups, keys = self.api, self.local, self.tiles.groups, self.tiles.kv
         relative = self._relative("position", piece, key_tile)
-        lane_bias = Lanes(local["lane_bias"])
-        before, after = key_tile < self.field["before_stop"], key_tile >= self.field["after_first"]
-        with api.if_scope(self.kernel.tik_any(before, after)):
-            slope = Lanes(local["slope"], (key_tile >= self.field["after_first"]) * 8, 0)
-            masks.add_alibi_one_sided(api, local["work"], local["key_index"], slope, groups, keys)
-            low_level(api.vmul, lane_bias, relative, slope, groups, blocks=(1, 1, 0))
-            with_scalar(api.vec_muls, lane_bias, lane_bias, -1.0, groups)
+        with api.if_scope(key_tile < self.field["before_stop"]):
+            self._alibi_one_sided(relative, 0, factor)
+        with api.elif_scope(key_tile >= self.field["after_first"]):
+            self._alibi_one_sided(relative, 1, factor)
         with api.else_scope():
-            args = local["key_index"], relative, Lanes(local["slope"], 8, 0), local["scratch"], groups, keys
-            masks.add_alibi(api, local["work"], *args)
-            fill(api, lane_bias, 0.0, groups)
+            args = local["key_index"], Lanes(local["slope"], 8, 0), local["scratch"], groups, keys, factor
+            masks.add_alibi(api, local["work"], relative, *args)
+            fill(api, Lanes(local["lane_bias"]), 0.0, groups)
+
+    def _alibi_one_sided(self, relative, sign, factor):
+        """-slope * (position - key) before the diagonal (sign 0), its negative after it (sign 1)."""
+        api, local, groups, keys = self.api, self.local, self.tiles.groups, self.tiles.kv
+        tile = Place(local["slope_tiles"], sign * keys * 16)
+        masks.add_bias(api, local["work"], tile, groups, keys, 1, factor)
+        minus_slope = Lanes(local["slope"], 8 * (1 - sign), 0)
+        low_level(api.vmul, Lanes(local["lane_bias"]), relative, minus_slope, groups, blocks=(1, 1, 0))
 
     def _load_piece(self, name, piece, key_tile, q_tile=None):
         """One piece of a tile operand to the Unified Buffer; returns its groups: 1 where all queries share a tile."""
@@ -353,7 +369,7 @@ class _QueryTile:
         finish.row_sums(api, finish.place(sums), finish.place(self.output()), groups, self.kernel.rows)
         finish.alive_and_divisor(api, alive, divisor, sums, spare, groups)
         if self.kernel.with_lse:
-            scale = 1.0 if geometry.scaled_first else self.spec.scale
+            scale = self.spec.scale if geometry.scaled_late else 1.0
             finish.log_sum_exp(api, lse, self.lanes("running"), alive, divisor, groups, scale)
         if self.spec.dropout_rate:
             with_scalar(api.vec_muls, divisor, divisor, 1.0 - self.spec.dropout_rate, groups)

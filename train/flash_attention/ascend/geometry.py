@@ -11,7 +11,7 @@ from flash_attention.core.spec import AttentionSpec
 FRACTAL = 16
 """Rows and columns of the cube's 16 x 16 fractal: lengths and head sizes are padded to multiples of it."""
 
-_SCALE_RANGE = (2.0**-10, 2.0**10)  # where the largest raw product finds the largest score, and hidden ones vanish
+_SCALE_RANGE = (2.0**-10, 2.0**10)
 
 
 def round_up(x, unit=FRACTAL):
@@ -109,17 +109,14 @@ class Geometry:
         return self.spec.band.bounded_above or self.spec.kv_len % self.tiles.kv != 0
 
     @property
-    def biased(self):
-        """True when something is added to the scaled scores, so that they must be scaled before the maximum."""
-        return self.spec.bias_shape is not None or self.spec.alibi_shape is not None
+    def scaled_late(self):
+        """True when the maximum is taken over raw products, and the scale applied together with its subtraction.
 
-    @property
-    def scaled_first(self):
-        """True when scores are scaled before the maximum is taken, which costs one more vector pass.
-
-        Otherwise the maximum of the raw products is scaled, and the products together with its subtraction.
+        Not where something is added to the scaled scores, and not where the scale is so small or so large that hidden
+        scores would not stay apart from real ones.
         """
-        return self.biased or not _SCALE_RANGE[0] <= self.spec.scale <= _SCALE_RANGE[1]
+        added = self.spec.bias_shape is not None or self.spec.alibi_shape is not None
+        return not added and _SCALE_RANGE[0] <= self.spec.scale <= _SCALE_RANGE[1]
 
     def plan(self, cores=1):
         """The :class:`~flash_attention.core.plan.TilePlan` at these tiles."""

@@ -2,7 +2,6 @@
 
 from flash_attention.ascend.tile_ops import layout
 from flash_attention.ascend.tile_ops.layout import Place
-from flash_attention.ascend.tile_ops.softmax import EXP_SHIFT
 from flash_attention.ascend.tile_ops.vector import LANES, Lanes, binary, convert, fill, low_level, unary, with_scalar
 
 _MINUS_INFINITY = -(2.0**23)
@@ -19,20 +18,24 @@ def row_sums(api, dst, output, groups, rows):
     api.data_move(dst.at(), source.at(), 0, groups, LANES // 8, rows * 2 - LANES // 8, 0)
 
 
+_SMALLEST = 2.0**-24
+"""The smallest positive fp16: a sum of P is 0 or at least this."""
+
+
 def alive_and_divisor(api, alive, divisor, sums, ones, groups):
     """``alive`` = 1 where a query saw a key, else 0; ``divisor`` = l there, else 1.
 
-    A visible row holds exp(EXP_SHIFT) > 1 at its maximum, so l is exactly 0 or greater than 1. All arguments are
-    :class:`Lanes`; ``ones`` is overwritten.
+    All arguments are :class:`Lanes` of statistics; ``ones`` is overwritten.
     """
     fill(api, ones, 1.0, groups)
-    binary(api.vec_min, alive, sums, ones, groups)
-    binary(api.vec_sub, divisor, sums, alive, groups)
-    binary(api.vec_add, divisor, divisor, ones, groups)
+    with_scalar(api.vec_muls, alive, sums, 1.0 / _SMALLEST, groups)
+    binary(api.vec_min, alive, alive, ones, groups)
+    binary(api.vec_sub, divisor, ones, alive, groups)
+    binary(api.vec_add, divisor, divisor, sums, groups)
 
 
 def log_sum_exp(api, dst, running, alive, divisor, groups, scale=1.0):
-    """``dst = scale * m - EXP_SHIFT + ln(l)``, -inf where no key was seen.
+    """``dst = scale * m + ln(l)``, -inf where no key was seen.
 
     -inf is put together from bits: on a saturating chip no fp32 instruction returns it.
 
@@ -43,7 +46,6 @@ def log_sum_exp(api, dst, running, alive, divisor, groups, scale=1.0):
     """
     unary(api.vec_ln, dst, divisor, groups)
     with_scalar(api.vec_muls, running, running, scale, groups)
-    with_scalar(api.vec_adds, running, running, -EXP_SHIFT, groups)
     binary(api.vec_add, dst, dst, running, groups)
     binary(api.vec_mul, dst, dst, alive, groups)
     with_scalar(api.vec_adds, dst, dst, 0.0, groups)  # -0 -> +0, whose bits are 0

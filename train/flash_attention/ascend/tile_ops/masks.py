@@ -11,6 +11,7 @@ from flash_attention.ascend.tile_ops.vector import (
     binary,
     convert,
     low_level,
+    scale_and_add,
     unary,
     with_scalar,
 )
@@ -74,44 +75,46 @@ def hide_before(api, scores, first, index, scratch, groups, keys):
 def discard(api, scores, mask, groups, keys, mask_groups):
     """Lower the scores that ``mask`` (fp16, DISCARD or 0) discards: one cycle for 64 elements.
 
-    ``mask`` holds ``[mask_groups][keys][16]``; ``mask_groups`` is ``groups``, or 1: one tile for all queries.
+    ``mask`` (:class:`~flash_attention.ascend.tile_ops.layout.Place`) holds ``[mask_groups][keys][16]``; ``mask_groups``
+    is ``groups``, or 1: one tile for all queries.
     """
     for dst, src, repeats in _pairs(scores, mask, groups, keys, mask_groups, step=4):
         with_scalar(api.vec_axpy, dst, src, -DISCARD, repeats)
 
 
-def add_bias(api, scores, bias, groups, keys, bias_groups):
-    """``s += bias`` (fp32), one cycle for 64 elements; ``bias_groups`` as in :func:`discard`."""
-    for dst, src, repeats in _pairs(scores, bias, groups, keys, bias_groups, step=8):
-        binary(api.vec_add, dst, dst, src, repeats)
+def add_bias(api, scores, bias, groups, keys, bias_groups, factor=None):
+    """``s = factor * s + bias`` (fp32), one cycle for 64 elements; ``bias_groups`` as in :func:`discard`.
 
-
-def add_alibi_one_sided(api, scores, index, slope, groups, keys):
-    """``s += slope * key``: the part of ALiBi that varies within a tile on one side of the diagonal.
-
-    One cycle for 64 elements; the caller adds the rest, which is one value a query, to the maximum's addend.
-
-    Args:
-        index: tensor of :func:`index_tile` in units of 1.
-        slope: Lanes of a block of 8 equal values: the slope before the diagonal, its negative after it.
+    ``factor``: None, or Lanes of the scale that the scores still lack.
     """
-    for _, tile in _tiles(scores, groups, keys):
-        low_level(api.vmla, tile, Lanes(index), slope, keys // 4, blocks=(1, 1, 0))
+    for dst, src, repeats in _pairs(scores, bias, groups, keys, bias_groups, step=8):
+        scale_and_add(api, dst, src, repeats, factor)
 
 
-def add_alibi(api, scores, index, relative, slope, scratch, groups, keys):
-    """``s -= slope * |position - key|`` for tiles that the diagonal crosses: three cycles for 64 elements.
+def slope_tile(api, dst, index, slope, keys):
+    """``dst[key][lane] = slope * key``: made once a head. ``slope``: Lanes of a block of 8 equal values, step 0."""
+    low_level(api.vmul, Lanes(dst.tensor, dst.offset), Lanes(index), slope, keys // 4, blocks=(1, 1, 0))
+
+
+def add_alibi(api, scores, relative, index, slope, scratch, groups, keys, factor=None):
+    """``s = factor * s - slope * |position - key|``, for tiles that the diagonal crosses: four cycles for 64 elements.
+
+    On one side of the diagonal :func:`add_bias` with :func:`slope_tile` does it in one cycle: what remains is one
+    value a query, which the caller gives to the maximum and its addend.
 
     Args:
         relative: Lanes of a statistic, position - tile's first key.
-        slope: Lanes of a block of 8 values, minus the slope.
+        index: tensor of :func:`index_tile` in units of 1.
+        slope: Lanes of a block of 8 values, minus the slope, step 0.
         scratch: fp32, ``keys * 16`` elements.
     """
+    bias = Lanes(scratch)
     for group, tile in _tiles(scores, groups, keys):
         lane = relative._replace(offset=relative.offset + group * LANES, step=0)
-        binary(api.vec_sub, Lanes(scratch), Lanes(index), lane, keys // 4)
-        unary(api.vec_abs, Lanes(scratch), Lanes(scratch), keys // 4)
-        low_level(api.vmla, tile, Lanes(scratch), slope, keys // 4, blocks=(1, 1, 0))
+        binary(api.vec_sub, bias, Lanes(index), lane, keys // 4)
+        unary(api.vec_abs, bias, bias, keys // 4)
+        low_level(api.vmul, bias, bias, slope, keys // 4, blocks=(1, 1, 0))
+        scale_and_add(api, tile, bias, keys // 4, factor)
 
 
 def drop(api, dst, src, keep, widened, elements):
@@ -130,7 +133,8 @@ def _tiles(scores, groups, keys):
 
 
 def _pairs(scores, other, groups, keys, other_groups, step):
-    """(score lanes, other lanes, repeats): one pair for all groups, or one a group when ``other`` is shared."""
+    """(score lanes, other lanes, repeats): one pair for all groups, or one a group when they share ``other``."""
+    source = Lanes(other.tensor, other.offset, step)
     if other_groups == groups:
-        return [(Lanes(scores), Lanes(other, 0, step), groups * keys // 4)]
-    return [(tile, Lanes(other, 0, step), keys // 4) for _, tile in _tiles(scores, groups, keys)]
+        return [(Lanes(scores), source, groups * keys // 4)]
+    return [(tile, source, keys // 4) for _, tile in _tiles(scores, groups, keys)]

@@ -1,8 +1,9 @@
 """The online softmax on transposed score tiles (Dao, "FlashAttention-2", 2023, algorithm 1), statistics in fp32.
 
-Per key tile: ``m' = max(m, max_j s_j)``, ``P = exp(scale (s - m') + EXP_SHIFT)``, ``O' = exp(scale (m - m')) O + P V``.
+Per key tile: ``m' = max(m, max_j s_j)``, ``P = exp(scale (s - m'))``, ``O' = exp(scale (m - m')) O + P V``.
 The difference is formed in fp32 and only then rounded to fp16, which the cube needs anyway. The row sums are one more
 column group of V, all ones, so they are accumulated by the cube in fp32 from the very P that multiplies V.
+The largest P of a row is exactly 1, so a row that one key dominates is as exact as V.
 """
 
 from flash_attention.ascend.tile_ops.vector import (
@@ -12,13 +13,10 @@ from flash_attention.ascend.tile_ops.vector import (
     binary,
     convert,
     low_level,
+    scale_and_add,
     unary,
     with_scalar,
 )
-
-EXP_SHIFT = 2.0
-"""Added to every exponent: P reaches exp(2) instead of 1. It cancels in O / l, and takes the bulk of the exponents to
-where fp16 has finer steps and P is further from the subnormals."""
 
 LOWEST = -(2.0**30)
 """The running maximum before any key: far below every real score, far above every hidden one (``masks.HIDDEN``)."""
@@ -61,13 +59,13 @@ def _max_of_four_rows(api, dst, source, two_rows, groups):
 
 
 def update_maximum(api, running, tile_max, rescale, addend, groups, scale=1.0):
-    """Take a tile's maxima into the running ones; 8 cycles a group and the exponential.
+    """Take a tile's maxima into the running ones; 6 cycles a group and the exponential.
 
     Args:
         running: :class:`Lanes` of a statistic, m -> m' = max(m, tile_max).
         tile_max: Lanes; maxima of the tile's scores.
         rescale: Lanes, receives ``exp(scale * (m - m'))``, the factor on O and l.
-        addend: Lanes, receives ``EXP_SHIFT - scale * m'``.
+        addend: Lanes, receives ``-scale * m'``.
         scale: factor that the scores have not been multiplied with yet.
     """
     binary(api.vec_max, addend, running, tile_max, groups)
@@ -77,7 +75,6 @@ def update_maximum(api, running, tile_max, rescale, addend, groups, scale=1.0):
         with_scalar(api.vec_muls, rescale, rescale, scale, groups)
     unary(api.vec_exp, rescale, rescale, groups)
     with_scalar(api.vec_muls, addend, addend, -scale, groups)
-    with_scalar(api.vec_adds, addend, addend, EXP_SHIFT, groups)
 
 
 def probabilities(api, dst, scores, addend, groups, keys, factor=None):
@@ -88,16 +85,13 @@ def probabilities(api, dst, scores, addend, groups, keys, factor=None):
     Args:
         dst: fp16 tensor ``[groups][keys][16]``. scores: fp32 tensor of that shape.
         addend: Lanes of a statistic.
-        factor: None, or a tensor of 64 lanes that hold the scale.
+        factor: None, or Lanes that hold the scale.
     """
     repeats = keys // 4
     for group in range(groups):
         tile = Lanes(scores, group * keys * 16)
         lane = addend._replace(offset=addend.offset + group * LANES, step=0)
-        if factor is None:
-            binary(api.vec_add, tile, tile, lane, repeats)
-        else:
-            low_level(api.vmadd, tile, Lanes(factor, 0, 0), lane, repeats)
+        scale_and_add(api, tile, lane, repeats, factor)
     convert(api, Lanes(dst, 0, 4), Lanes(scores), groups * repeats)
     unary(api.vec_exp, Lanes(dst), Lanes(dst), groups * keys // 8, mask=HALF_LANES)
 
@@ -114,4 +108,4 @@ def accumulate(api, output, products, rescale, groups, rows):
         start = group * rows * 16
         tile = output._replace(offset=output.offset + start)
         lane = rescale._replace(offset=rescale.offset + group * LANES, step=0)
-        low_level(api.vmadd, tile, lane, Lanes(products, start), rows // 4)
+        scale_and_add(api, tile, Lanes(products, start), rows // 4, lane)

@@ -69,3 +69,11 @@ def low_level(op, dst, src0, src1, repeats, blocks=(1, 1, 1), mask=LANES):
     """An instruction with block strides (``vmax``, ``vmadd``, ``vmla``, ``vdiv``): ``blocks`` of dst, src0, src1."""
     for first, count in _calls(repeats):
         op(mask, dst.at(first), src0.at(first), src1.at(first), count, *blocks, dst.step, src0.step, src1.step)
+
+
+def scale_and_add(api, tile, addend, repeats, factor=None):
+    """``tile = factor * tile + addend`` in fp32, one cycle a repeat; ``factor``: None, or Lanes of the factor."""
+    if factor is None:
+        binary(api.vec_add, tile, tile, addend, repeats)
+    else:
+        low_level(api.vmadd, tile, factor, addend, repeats)
