@@ -126,11 +126,11 @@ class Budget:
     @property
     def fits(self):
         """True when every scope has room."""
-        return all(self.used(scope) <= capacity for scope, capacity in self.chip.capacity.items())
+        return all(self.used(scope) <= capacity for scope, capacity in self.chip.capacity)
 
     def __str__(self):
         lines = []
-        for scope, capacity in self.chip.capacity.items():
+        for scope, capacity in self.chip.capacity:
             lines.append("{:<4} {:>8} of {:>8} bytes".format(scope, self.used(scope), capacity))
             for buffer in self.buffers:
                 if buffer.scope == scope:

@@ -9,18 +9,26 @@ class Chip:
 
     Attributes:
         soc: name for ``set_current_compile_soc_info``.
+        simulated: the simulator's name of the chip.
         cores: AI cores.
-        capacity: scope -> bytes.
+        capacity: pairs (scope, bytes).
     """
 
     soc: str
+    simulated: str
     cores: int
-    capacity: dict
+    capacity: tuple
 
 
 # Of the 256 KB of UB a kernel leaves 16 KB to the compiler and to composite instructions.
-_CAPACITY = {"UB": 240 * 1024, "L1": 1024 * 1024, "L0A": 64 * 1024, "L0B": 64 * 1024, "L0C": 256 * 1024}
+_CAPACITY = (
+    ("UB", 240 * 1024),
+    ("L1", 1024 * 1024),
+    ("L0A", 64 * 1024),
+    ("L0B", 64 * 1024),
+    ("L0C", 256 * 1024),
+)
 
-ASCEND_910A = Chip("Ascend910", 32, _CAPACITY)
-ASCEND_310P = Chip("Ascend310P3", 8, _CAPACITY)
+ASCEND_910A = Chip("Ascend910", "Ascend910A", 32, _CAPACITY)
+ASCEND_310P = Chip("Ascend310P3", "Ascend310P3", 8, _CAPACITY)
 """Eight of the ten cores: some products have no more."""

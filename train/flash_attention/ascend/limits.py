@@ -11,7 +11,7 @@ ELEMENT_LIMIT = 2**31
 LENGTH_LIMIT = 2**21
 """Positions times ``masks.UNIT`` stay exact in fp32."""
 
-_REMEDY = "Use engine='portable'."
+_REMEDY = "Use engine='portable', or leave the choice to 'auto'."
 _ABSENT = (
     ("segments", "q_segment_ids"),
     ("q_lengths", "query_seq_lengths"),

@@ -1,0 +1,50 @@
+"""The kernels as numpy functions: built once a spec and run on the TIK simulator. Needs neither MindSpore nor CANN."""
+
+import functools
+
+import numpy as np
+
+from flash_attention.ascend import host
+from flash_attention.ascend.budget import choose_tiles
+from flash_attention.ascend.chips import ASCEND_910A
+from flash_attention.ascend.forward import build_forward
+from flash_attention.ascend.geometry import Geometry
+from flash_attention.ascend.limits import supports
+from flash_attention.ascend.simulator import Toolkit
+from flash_attention.core.spec import Operands
+
+
+def forward(spec, query, key, value, operands=Operands(), tiles=None, chip=ASCEND_910A):
+    """``(out, lse)`` of the forward kernel.
+
+    Args:
+        spec: :class:`~flash_attention.core.spec.AttentionSpec` in float16.
+        query, key, value: float16 arrays (B, N, Sq, D), (B, Nkv, Sk, D), (B, Nkv, Sk, D).
+        operands: :class:`~flash_attention.core.spec.Operands` of arrays, mask as keep mask.
+        tiles: :class:`~flash_attention.ascend.geometry.KernelTiles`; None = what the kernel would take on a device.
+        chip: :class:`~flash_attention.ascend.chips.Chip`.
+
+    Returns:
+        out float16 (B, N, Sq, D), lse float32 (B, N, Sq).
+
+    Raises:
+        UnsupportedError: the kernels do not take ``spec``.
+    """
+    reason = supports(spec)
+    if reason is not None:
+        raise reason.error(engine="simulator")
+    geometry = Geometry(spec, tiles or choose_tiles(spec, chip))
+    kernel = _forward_kernel(geometry, chip)
+    return run_forward(kernel, geometry, chip.cores, query, key, value, operands)
+
+
+def run_forward(kernel, geometry, cores, query, key, value, operands):
+    """Run a kernel that was built for ``geometry`` and ``cores``; arguments and result as in :func:`forward`."""
+    tensors = [np.asarray(x) for x in (query, key, value)]
+    feed = host.pack_forward(geometry, cores, *tensors, operands)
+    return host.unpack_forward(geometry, host.run(kernel, feed))
+
+
+@functools.lru_cache(maxsize=64)
+def _forward_kernel(geometry, chip):
+    return build_forward(Toolkit(soc=chip.simulated).tik, geometry, chip.cores)
