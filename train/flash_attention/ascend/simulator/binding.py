@@ -88,7 +88,7 @@ def _execution(machine, statement, plan):
     def run():
         machine.instructions += 1
         step()
-        if races is not None and machine.core:
+        if races is not None:
             races()
         if floating:
             machine.floating_point(statement, plan)
@@ -175,12 +175,24 @@ def _races(machine, statement, writes, reads):
         return None
 
     def run():
+        if not machine.core:
+            outside_cores(statement, tracked_writes)
+            return
         for view in tracked_reads:
             report_race(statement, view, "written", machine.races.read(view, machine.core), machine.core)
         for view in tracked_writes:
             report_race(statement, view, "used", machine.races.write(view, machine.core, False), machine.core)
 
     return run
+
+
+def outside_cores(statement, writes):
+    """Report writes to GM outside the block_num loop of a program that has one: every core executes them."""
+    for view in writes:
+        statement.call.fail(
+            "race", view.operand, "in local memory, or inside the block_num loop",
+            "'{}' in GM, written by every core".format(view.buffer.name), hazard=True,
+        )  # fmt: skip
 
 
 def report_race(statement, view, how, other, core):

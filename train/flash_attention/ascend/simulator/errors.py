@@ -1,11 +1,12 @@
 """The simulator's one exception, and the line of the kernel it names."""
 
+import contextlib
 import os
 import sys
 
 from flash_attention.core.errors import Reason
 
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_OURS = (os.path.dirname(os.path.abspath(__file__)) + os.sep, contextlib.__file__)
 
 
 class SimulatorError(RuntimeError):
@@ -31,6 +32,6 @@ def violation_text(instruction, operand, need, got, rule, line, remedy=""):
 def caller_line():
     """``file:line`` of the nearest caller outside the simulator."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
     return "{}:{}".format(frame.f_code.co_filename, frame.f_lineno) if frame is not None else "<unknown>"

@@ -68,7 +68,8 @@ def pieces(operands, runs, repeats):
     if all(operand.block == 1 for operand in operands):
         return [[_flat(operand, run, repeats) for run in runs] for operand in operands]
     if len(sizes) == 1:
-        parts = [part for run in runs for part in _whole_blocks(run, BLOCK // sizes.pop())]
+        per_block = BLOCK // max(sizes)
+        parts = [part for run in runs for part in _whole_blocks(run, per_block)]
         return [[_blocked(operand, part, repeats) for part in parts] for operand in operands]
     fewest = BLOCK // max(sizes)
     parts = [part for run in runs for part in _single_blocks(run, fewest)]

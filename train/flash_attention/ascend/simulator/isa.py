@@ -29,7 +29,7 @@ class Instruction(NamedTuple):
         unit: pipe, or "path" where source and destination decide.
         parameters: ``inspect.Signature`` of TIK's arguments in TIK's order.
         plan: ``plan(call, **arguments) -> Plan``.
-        dtypes: chip name -> tuple of accepted dtype tuples (destination first), () where the path decides.
+        dtypes: chip name -> tuple of accepted dtype tuples (destination first); () where the plan decides.
         limits: what is checked, in words.
         cost: what it costs, in words.
         source: D documented, C read from code, U unsettled: the semantics' weakest tag.
@@ -86,6 +86,16 @@ def instruction(name, parameters, unit, **row):
 
 
 INVALID = ("invalid value", "divide by zero")  # numpy's names of floating-point events
+
+
+# Calls of newer or older chips, and why a program for 910A or 310P cannot use them.
+ABSENT = {
+    "data_move_pad": "byte-granular moves exist on 910B and 310B; write whole 32-byte blocks",
+    "load2dv2": "it exists on later chips; use load2dv1 for each run of fractals",
+    "vec_ln_high_preci": "it exists on 310 only; use vec_ln",
+    "vec_gather": "there is no gather of elements on these chips",
+    "vbrcb": "there is no broadcast of single elements on these chips; use broadcast_ub_to_l0c or a Scalar",
+}
 
 
 class Plan:

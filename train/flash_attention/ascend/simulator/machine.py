@@ -39,10 +39,11 @@ _JUMPS = {"break": _Break, "continue": _Continue, "return": _Return}
 class Machine:
     """One run of a program. ``execute=False`` walks control flow and records the trace without touching data."""
 
-    def __init__(self, program, execute=True, trace=False):
+    def __init__(self, program, execute=True, trace=False, cores=None):
         self.program, self.params, self.execute = program, program.params, execute
         self.registers = [0] * len(program.registers)
         self.trace = Trace() if trace else None
+        self.cores = None if cores is None else frozenset(cores)  # those to run; None = all
         self.records = None  # the current core's list
         self.core = 0  # 1-based while several cores run
         self.atomic = 0
@@ -164,6 +165,8 @@ class Machine:
             shared = self._shared_local_memory(item.body)
             before, atomic = list(registers), self.atomic
             for core in order.tolist():
+                if self.cores is not None and core not in self.cores:
+                    continue
                 registers[:] = before
                 self.atomic = atomic
                 for buffer, data, shadow in shared:

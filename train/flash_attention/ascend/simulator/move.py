@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import numerics
-from .binding import report_race
+from .binding import outside_cores, report_race
 from .chips import GM, L0A, L0B, L0C, L1, UB
 from .isa import NOTHING, Cost, Plan, instruction
 from .memory import BLOCK, Access, round_up
@@ -128,7 +128,6 @@ def store(call):
     """UB->GM: adds where atomic add is on, writes where it is off."""
 
     def effect(machine, statement, out, data):
-        tracked = machine.core and out.buffer.tracked
         if machine.atomic:
             if out.data.dtype != np.float32:
                 call.fail("atomic", "dst", "float32 while atomic add is on", str(out.data.dtype))
@@ -143,7 +142,9 @@ def store(call):
             if not (out.buffer.clean and data.buffer.clean):
                 np.copyto(out.shadow, data.shadow)
                 out.buffer.clean = False
-        if tracked:
+        if out.buffer.tracked and not machine.core:
+            outside_cores(statement, [out])
+        elif out.buffer.tracked:
             other = machine.races.write(out, machine.core, bool(machine.atomic))
             report_race(statement, out, "used", other, machine.core)
 

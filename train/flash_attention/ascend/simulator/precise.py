@@ -76,4 +76,3 @@ _composite("vec_rec_high_preci", _reciprocal, F32, {F16: 4, F32: 2}, _source_ext
 # The pages give 6 and 4 for the older 200/300/500 products; the training products' factors were not found [U].
 _composite("vec_rsqrt_high_preci", _inverse_root, F32, {F16: 6, F32: 4}, _source_extent, _PAIR, 20, "U")
 _composite("vec_expm1_high_preci", np.expm1, F16, {F16: 11}, _expm1_extent, [(F16, F16)], 30)
-_composite("vec_ln_high_preci", np.log, F16, {F16: 10}, _expm1_extent, {"910A": (), "310P": ()}, 30, "U")

@@ -81,6 +81,8 @@ def _per_block(name, kind):
     def plan(call, mask, dst, src, repeat_times, dst_rep_stride, src_blk_stride, src_rep_stride):
         repeats = _check(call, mask, dst, src, repeat_times, dst_rep_stride, src_blk_stride, src_rep_stride)
         call.aligned("dst", dst, 16)
+        if dst.offset % BLOCK:
+            call.fail("alignment", "dst", "at a multiple of 32 bytes", "byte offset {}".format(dst.offset), hazard=True)
         if repeats == 0:
             return NOTHING
         lanes = Lanes(call, mask, src, repeats, src_blk_stride, src_rep_stride, neutral)

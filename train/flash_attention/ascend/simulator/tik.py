@@ -9,7 +9,7 @@ from . import control, cube, highlevel, layout, move, precise, reduce, select, v
 from .chips import GM, SCOPE_STRINGS
 from .errors import SimulatorError, caller_line
 from .expr import FLOATS, INTEGERS, Arithmetic, Expr, as_expr, convert_scalar, is_dynamic
-from .isa import INSTRUCTIONS
+from .isa import ABSENT, INSTRUCTIONS
 from .machine import Machine
 from .program import Assign, Branch, Jump, Loop, Nested, Program
 from .tensor import Tensor
@@ -256,17 +256,18 @@ class Tik:
             )  # fmt: skip
         return buffer.data[: buffer.size].view(tensor.dtype).reshape(tensor.origin_shape).copy()
 
-    def count(self, scalars=None):
+    def count(self, scalars=None, cores=None):
         """Walk the built program without data.
 
         Args:
             scalars: InputScalar name -> value.
+            cores: numbers of the cores to walk; None = all.
 
         Returns:
             its Trace. Loads of Scalars from tensors have no value here and are an error.
         """
         control.check_built(self.program)
-        machine = Machine(self.program, execute=False, trace=True)
+        machine = Machine(self.program, execute=False, trace=True, cores=cores)
         for scalar in self._scalars:
             machine.registers[scalar.register.index] = convert_scalar((scalars or {})[scalar.name], scalar.dtype)
         machine.run()
@@ -308,6 +309,10 @@ for _row in INSTRUCTIONS.values():
 
 
 def _missing(self, name):
+    if name in ABSENT:
+        self.program.violation(
+            "absent", name, "chip", "one that has it", self.program.chip.name, remedy=ABSENT[name] + "."
+        )
     near = difflib.get_close_matches(name, [key for key in dir(Tik) if not key.startswith("_")], 3)
     raise AttributeError(
         "'Tik' has no '{}' on the simulator{}".format(
