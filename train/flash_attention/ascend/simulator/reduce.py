@@ -248,7 +248,7 @@ def _reduce_extreme(name, kind):
 
     register(name, plan, "mask dst src work_tensor repeat_times src_rep_stride cal_index=False", "V",
              dtypes=[(F16, F16)], sync=False, ir=4, cost="1 cycle a repeat, twice the tree",
-             limits=_LIMITS + "repeat_times 1..4095; work >= 2 * repeat_times, a repeat more with index [U]")  # fmt: skip
+             limits=_LIMITS + "repeat_times 1..4095; work >= 2 * repeat_times (+ 1 repeat with index [U])")  # fmt: skip
 
 
 _reduce_extreme("vec_reduce_max", "max")

@@ -45,7 +45,7 @@ class Scalar(Arithmetic):
         if got and not want or is_dynamic(value) and got != want and expr.kind != "bool":
             program.violation(
                 "dtype", "set_as", "value", "of the Scalar's kind ({})".format(self.dtype),
-                "a {} value".format(expr.kind), "TIK does not convert between Scalars of different kinds.",
+                "a {} value".format(expr.kind), remedy="TIK does not convert between Scalars of different kinds.",
             )  # fmt: skip
         if isinstance(value, Scalar) and value.dtype != self.dtype and want:
             program.violation("dtype", "set_as", "value", "of dtype {}".format(self.dtype), value.dtype)

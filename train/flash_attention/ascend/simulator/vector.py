@@ -51,9 +51,10 @@ def elementwise(call, mask, operands, repeat_times, kernel, slow=False, accumula
 
 def kernel_for(call, ufunc, dtype, undefined):
     """numpy kernel of a ufunc for operands of one dtype, and the events after which its result is undefined."""
+    events = INVALID + ("overflow",) if undefined else INVALID
     if dtype == F16:
-        return numerics.rounded(call, ufunc, undefined), INVALID
-    return numerics.direct(ufunc), INVALID + ("overflow",) if undefined else INVALID
+        return numerics.rounded(call, ufunc, undefined), events
+    return numerics.direct(ufunc), events
 
 
 def _names(count):
