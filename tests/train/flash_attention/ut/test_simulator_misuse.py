@@ -729,6 +729,17 @@ def test_condition_that_is_no_comparison(k):
             pass
 
 
+def test_scopes_opened_and_not_entered(k):
+    arms = k.t.if_scope(True)
+    with refused("scope", "'if_scope', 'scope' must be entered by `with` before the next call, but got elif_scope"):
+        k.t.elif_scope(True)
+    with arms:
+        pass
+    k.t.for_range(0, 2)
+    with refused("scope", "'for_range', 'scope'.*got another call before that"):
+        k.ub()
+
+
 def test_break_outside_a_loop(k):
     with refused("loop", "'position' must be inside for_range"):
         k.t.tik_break()

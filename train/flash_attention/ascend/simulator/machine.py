@@ -82,10 +82,12 @@ class Machine:
         finally:
             np.seterrcall(handler)
         self._finish_core()
+        if self.trace is not None:
+            self.trace.drop_idle()
 
     def _select_core(self, number):
         if self.trace is not None:
-            self.records = self.trace.core(number)
+            self.records = self.trace.cores.setdefault(number, [])
 
     def _finish_core(self):
         if self.atomic:

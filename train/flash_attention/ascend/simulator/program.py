@@ -165,6 +165,7 @@ class Program:
         self.ir = 0
         self.multicore_line = None
         self.built = None
+        self.unentered = None  # name of the call whose scope `with` has not entered yet
 
     # --- complaints -----------------------------------------------------------------------------
     def violation(self, rule, instruction, operand, need, got, line=None, remedy="", hazard=False):
@@ -204,7 +205,14 @@ class Program:
         self.block.open = False
         self.block = self.block.parent
 
+    def check_entered(self, name):
+        """No scope has been opened without being entered."""
+        if self.unentered is not None:
+            need = "entered by `with` before the next call"
+            self.violation("scope", self.unentered, "scope", need, "{} before that".format(name))
+
     def append(self, statement, count=1):
+        self.check_entered(getattr(getattr(statement, "row", None), "name", "another call"))
         self.block.statements.append(statement)
         before, self.ir = self.ir, self.ir + count * self.block.copies
         if self.ir > chips.IR_LIMIT:

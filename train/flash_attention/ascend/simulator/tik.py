@@ -1,6 +1,7 @@
 """The facade: ``Tik`` with TIK's own names, argument order and keywords, so that kernel files run unmodified."""
 
 import difflib
+import functools
 from contextlib import contextmanager
 
 import numpy as np
@@ -78,6 +79,33 @@ class Debugger:
         return self._tik.run(feed_dict)
 
 
+class Scope:
+    """What for_range, if_scope, ... return. TIK opens the scope at the call, so `with` must enter it at once."""
+
+    def __init__(self, program, name, manager):
+        program.check_entered(name)
+        self._program, self._manager = program, manager
+        program.unentered = name
+
+    def __enter__(self):
+        self._program.unentered = None
+        return self._manager.__enter__()
+
+    def __exit__(self, *exception):
+        return self._manager.__exit__(*exception)
+
+
+def scope(function):
+    """Decorator of Tik's methods that open a scope, written as generators."""
+    manager = contextmanager(function)
+
+    @functools.wraps(function)
+    def call(self, *args, **kwargs):
+        return Scope(self.program, function.__name__, manager(self, *args, **kwargs))
+
+    return call
+
+
 class Tik:
     """A program container with TIK's interface. Instructions of the table are methods too.
 
@@ -127,7 +155,7 @@ class Tik:
         return self.program.allocator.available(SCOPE_STRINGS[scope])
 
     # --- control flow ---------------------------------------------------------------------------
-    @contextmanager
+    @scope
     def for_range(self, begint, endt, name="i", thread_num=1, thread_type="whole", block_num=1, dtype="int32",
                   for_type="serial"):  # fmt: skip
         """Loop; ``block_num`` > 1 runs each iteration on a core of its own, ``thread_num=2`` double-buffers."""
@@ -153,7 +181,7 @@ class Tik:
         branch.arms.append((condition, block))
         return block
 
-    @contextmanager
+    @scope
     def if_scope(self, cond):
         """Branch on a run-time comparison."""
         control.check_condition(self.program, "if_scope", cond)
@@ -165,7 +193,7 @@ class Tik:
             self.program.close_block()
         self.program.append(branch)
 
-    @contextmanager
+    @scope
     def elif_scope(self, cond):
         """Directly after an if_scope or elif_scope."""
         branch = control.previous_branch(self.program, "elif_scope")
@@ -176,7 +204,7 @@ class Tik:
         finally:
             self.program.close_block()
 
-    @contextmanager
+    @scope
     def else_scope(self):
         """Directly after an if_scope or elif_scope."""
         branch = control.previous_branch(self.program, "else_scope")
@@ -186,7 +214,7 @@ class Tik:
         finally:
             self.program.close_block()
 
-    @contextmanager
+    @scope
     def new_stmt_scope(self, disable_sync=False):
         """What is declared inside dies at its end; with ``disable_sync`` no synchronisation is inserted inside."""
         program = self.program

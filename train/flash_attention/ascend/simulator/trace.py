@@ -48,13 +48,17 @@ def overlap(left, right):
 
 
 class Trace:
-    """Records of one run, by core: ``trace.cores[core]`` is a list of :class:`TraceRecord` in program order."""
+    """Records of one run, by core: ``trace.cores[core]`` is a list of :class:`TraceRecord` in program order.
+
+    What precedes a block_num loop runs on every core and is recorded once, for core 0.
+    """
 
     def __init__(self):
         self.cores = {}
 
-    def core(self, number):
-        return self.cores.setdefault(number, [])
+    def drop_idle(self):
+        """Forget cores without records."""
+        self.cores = {number: records for number, records in self.cores.items() if records}
 
     def __iter__(self):
         """All records, core after core."""
