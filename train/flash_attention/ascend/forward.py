@@ -131,18 +131,7 @@ class _Forward:
                 if rows < self.tiles.kv:  # what was there before could be NaN, and 0 * NaN is not 0
                     layout.clear_rows(api, Place(dst), self.local["zeros"], size)
 
-        self.with_tail(key_tile, geometry.kv_tiles, self.tiles.kv, geometry.kv_tail, load)
-
-    def with_tail(self, tile, tiles, rows, tail, action):
-        """``action(rows)``, or ``action(tail)`` for the last of ``tiles`` tiles."""
-        if tail == rows:
-            action(rows)
-            return
-        with self.api.if_scope(tile == tiles - 1):
-            action(tail)
-        if tiles > 1:
-            with self.api.else_scope():
-                action(rows)
+        self.program.with_tail(key_tile, geometry.kv_tiles, self.tiles.kv, geometry.kv_tail, load)
 
 
 class _QueryTile:
@@ -208,7 +197,7 @@ class _QueryTile:
             if rows < rows_of_tile:
                 layout.clear_rows(api, query, self.local["zeros"], size)
 
-        self.kernel.with_tail(self.tile, geometry.q_tiles, rows_of_tile, geometry.q_tail, load)
+        self.kernel.program.with_tail(self.tile, geometry.q_tiles, rows_of_tile, geometry.q_tail, load)
         for number, name in enumerate(("first_key", "last_key", "position")):
             if name in self.local:
                 column = (number * geometry.q_tiles + self.tile) * rows_of_tile
@@ -381,7 +370,7 @@ class _QueryTile:
             for piece in range(geometry.pieces):
                 self._store_piece(piece, divisor, rows)
 
-        self.kernel.with_tail(self.tile, geometry.q_tiles, self.tiles.q, geometry.q_tail, write)
+        self.kernel.program.with_tail(self.tile, geometry.q_tiles, self.tiles.q, geometry.q_tail, write)
 
     def _store_piece(self, piece, divisor, rows):
         """One piece of the output, as far as its rows exist."""

@@ -72,3 +72,14 @@ class Program:
     def integer(self, value, name="index"):
         """An int32 Scalar that holds ``value``: an int, an expression or one element of a tensor."""
         return self.api.Scalar("int32", name=name, init_value=value)
+
+    def with_tail(self, tile, tiles, rows, tail, action):
+        """``action(rows)``, or ``action(tail)`` for the last of ``tiles`` tiles; a branch only where they differ."""
+        if tail == rows:
+            action(rows)
+            return
+        with self.api.if_scope(tile == tiles - 1):
+            action(tail)
+        if tiles > 1:
+            with self.api.else_scope():
+                action(rows)
