@@ -134,11 +134,11 @@ def pack_forward(geometry, cores, query, key, value, operands):
         feed["bounds"] = pack_bounds(geometry)
     feed["tasks"] = tasks.query_tasks(plan, resident)
     feed["cores"] = tasks.split(task_loads(plan, resident), geometry.heads, cores)
-    _check_feed(feed, forward_signature(geometry, cores, True)[0])
+    check_feed(feed, forward_signature(geometry, cores, True)[0])
     return feed
 
 
-def _check_feed(feed, arguments):
+def check_feed(feed, arguments):
     """The tensors are those of the signature: names, order, shapes and dtypes."""
     given = [(name, str(array.dtype), array.shape) for name, array in feed.items()]
     wanted = [(argument.name, argument.dtype, argument.shape) for argument in arguments]

@@ -5,6 +5,9 @@ import functools
 import numpy as np
 
 from flash_attention.ascend import host
+from flash_attention.ascend.backward import build_backward
+from flash_attention.ascend.backward_arguments import pack_backward, unpack_backward
+from flash_attention.ascend.backward_budget import choose_backward_tiles
 from flash_attention.ascend.budget import choose_tiles
 from flash_attention.ascend.chips import ASCEND_910A
 from flash_attention.ascend.forward import build_forward
@@ -43,6 +46,40 @@ def run_forward(kernel, geometry, cores, query, key, value, operands):
     tensors = [np.asarray(x) for x in (query, key, value)]
     feed = host.pack_forward(geometry, cores, *tensors, operands)
     return host.unpack_forward(geometry, host.run(kernel, feed))
+
+
+def backward(spec, saved, cotangents, tiles=None, chip=ASCEND_910A):
+    """Gradients ``(query, key, value, bias, slopes, sinks)`` of the backward kernel, None for an absent operand.
+
+    Args:
+        spec: :class:`~flash_attention.core.spec.AttentionSpec` in float16.
+        saved: ``(query, key, value, operands, out, lse)``: what :func:`forward` took and returned.
+        cotangents: ``(d_out, d_lse)``, float16 (B, N, Sq, D) and float32 (B, N, Sq).
+        tiles, chip: as for :func:`forward`.
+
+    Raises:
+        UnsupportedError: the kernels do not take ``spec``.
+    """
+    reason = supports(spec)
+    if reason is not None:
+        raise reason.error(engine="simulator")
+    geometry = Geometry(spec, tiles or choose_backward_tiles(spec, chip))
+    return run_backward(_backward_kernel(geometry, chip), geometry, chip.cores, saved, cotangents)
+
+
+def run_backward(kernel, geometry, cores, saved, cotangents):
+    """Run a kernel that was built for ``geometry`` and ``cores``; arguments and result as in :func:`backward`."""
+    query, key, value, operands, out, lse = saved
+    arrays = (
+        [np.asarray(x) for x in (query, key, value)] + [operands] + [np.asarray(x) for x in (out, lse) + cotangents]
+    )
+    feed = pack_backward(geometry, cores, *arrays)
+    return unpack_backward(geometry, host.run(kernel, feed)) + (None, None, None)
+
+
+@functools.lru_cache(maxsize=64)
+def _backward_kernel(geometry, chip):
+    return build_backward(Toolkit(soc=chip.simulated).tik, geometry, chip.cores)
 
 
 @functools.lru_cache(maxsize=64)

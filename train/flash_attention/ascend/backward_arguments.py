@@ -1,0 +1,166 @@
+"""The arguments of the backward kernel, and numpy on the host: a call's tensors to arguments and gradients back.
+
+Beside the forward kernel's kinds of arguments there are *extra columns*: sixteen more columns of query, d_out, key and
+value that let the cube subtract what belongs to a query (``pack_query_columns``) and hide keys that do not exist.
+"""
+
+import numpy as np
+
+from flash_attention.ascend import host, tasks
+from flash_attention.ascend.geometry import FRACTAL
+from flash_attention.ascend.program import GmTensor
+from flash_attention.ascend.signature import BOUND_ROWS, mask_axes, tile_axes
+from flash_attention.ascend.tasks import CORE_FIELDS, TILE_FIELDS
+
+COARSE = 256.0
+"""Unit of the first of a statistic's three fp16 parts: they reach 256 * 65504 and resolve 2**-33 of the value."""
+LARGEST = 65504.0
+HIDE = 60000.0
+"""What lowers every product of a key that does not exist, before the scale: its P is exactly 0."""
+DEAD = 2.0**23
+"""Stands for the LSE of a query that sees no key, times the scale: its exponents saturate, P is exactly 0."""
+SCALE_RANGE = (2.0**-10, 2.0**10)
+"""Scales (of either sign) with which differences ``q k - lse / scale`` keep their meaning in fp16."""
+
+
+def backward_signature(geometry, cores):
+    """(inputs, outputs) of the backward kernel: lists of :class:`~flash_attention.ascend.program.GmTensor`.
+
+    Args:
+        geometry: :class:`~flash_attention.ascend.geometry.Geometry`.
+        cores: number of cores the kernel runs on.
+    """
+    spec = geometry.spec
+    depth = geometry.depth // FRACTAL
+    q_shape = (spec.batch, spec.heads, depth, geometry.q_rows // FRACTAL, FRACTAL, FRACTAL)
+    kv_shape = (spec.batch, spec.kv_heads, depth, geometry.kv_rows // FRACTAL, FRACTAL, FRACTAL)
+    columns = (geometry.heads, 2, geometry.q_rows, FRACTAL)
+    inputs = [
+        GmTensor("query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
+        GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
+        GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
+        GmTensor("d_out", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
+        GmTensor("query_columns", "float16", columns, "extra columns of query and of d_out"),
+        GmTensor("key_columns", "float16", (geometry.kv_rows, FRACTAL), "extra columns of key and value"),
+    ]
+    if spec.mask_shape is not None:
+        inputs.append(GmTensor("mask", "float16", mask_axes(geometry), "tiles: 0 = keep, -65504 = discard"))
+    if spec.bias_shape is not None:
+        inputs.append(GmTensor("bias", "float32", tile_axes(geometry, spec.bias_shape), "tiles"))
+    if spec.alibi_shape is not None:
+        inputs.append(GmTensor("slopes", "float32", (geometry.heads, 2, 8), "eight times slope, eight times -slope"))
+    if spec.dropout_rate:
+        full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
+        inputs.append(GmTensor("keep", "uint8", tile_axes(geometry, full), "tiles: 1 = keep, 0 = drop"))
+        inputs.append(
+            GmTensor("minus_delta", "float16", (geometry.heads, geometry.q_tiles * geometry.tiles.q), "-delta")
+        )
+    if needs_positions(spec):
+        shape = (BOUND_ROWS, geometry.q_tiles * geometry.tiles.q)
+        inputs.append(GmTensor("bounds", "float32", shape, "first visible key, last visible key, position"))
+    inputs.append(GmTensor("key_tasks", "int32", (geometry.kv_tiles, 8), "tasks.key_tasks"))
+    inputs.append(GmTensor("tiles", "int32", (geometry.q_tiles, len(TILE_FIELDS)), "tasks.query_tiles"))
+    inputs.append(GmTensor("cores", "int32", (cores, CORE_FIELDS), "tasks.split of the key and of the query tiles"))
+    outputs = [
+        GmTensor("d_query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
+        GmTensor("d_key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
+        GmTensor("d_value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
+    ]
+    return inputs, outputs
+
+
+def needs_positions(spec):
+    """True when some tile needs a predicate or a position. Keys that do not exist are hidden by their columns."""
+    return not spec.band.is_dense or spec.alibi_shape is not None
+
+
+def parts(x):
+    """A float array (...,) -> float16 (..., 3) whose products with (COARSE, 1, 1) add up to it, as far as they reach."""
+    x = np.asarray(x, np.float64)
+    coarse = _half(x / COARSE)
+    middle = _half(x - COARSE * coarse)
+    return np.stack([coarse, middle, _half(x - COARSE * coarse - middle)], axis=-1).astype(np.float16)
+
+
+def _half(x):
+    """Rounded to float16, saturating; float64."""
+    return np.clip(x, -LARGEST, LARGEST).astype(np.float16).astype(np.float64)
+
+
+def row_statistics(spec, out, lse, d_out, d_lse):
+    """What is subtracted from a query's products: ``lse / scale`` and ``(1 - rate) * delta``, float64 (B, N, Sq).
+
+    ``delta = rowsum(d_out * out) - d_lse``. Rows that see no key have an LSE of DEAD and a delta of 0.
+    """
+    dead = np.isneginf(lse)
+    delta = (d_out.astype(np.float32) * out.astype(np.float32)).sum(-1) - np.where(dead, 0.0, d_lse)
+    return np.where(dead, DEAD, lse) / spec.scale, np.where(dead, 0.0, delta) * (1.0 - spec.dropout_rate)
+
+
+def pack_query_columns(geometry, subtrahends):
+    """fp16 (B * N, 2, padded Sq, 16): three parts of what is subtracted, negated, and 1 in the query's fourth."""
+    spec = geometry.spec
+    packed = np.zeros((geometry.heads, 2, geometry.q_rows, FRACTAL), np.float16)
+    for number, subtrahend in enumerate(subtrahends):
+        packed[:, number, : spec.q_len, :3] = parts(-subtrahend.reshape(geometry.heads, -1))
+    packed[:, 0, : spec.q_len, 3] = 1.0
+    return packed
+
+
+def pack_key_columns(geometry):
+    """fp16 (padded Sk, 16): the units of the parts where a key exists, in the fourth column what hides it where not."""
+    spec = geometry.spec
+    packed = np.zeros((geometry.kv_rows, FRACTAL), np.float16)
+    packed[: spec.kv_len, :3] = COARSE, 1.0, 1.0
+    packed[spec.kv_len :, 3] = -HIDE if spec.scale > 0 else HIDE
+    return packed
+
+
+def pack_cores(geometry, cores):
+    """int32 (cores, 8): [start, stop) of the key-major items, then of the query-major ones."""
+    plan = geometry.plan()
+    by_key = (plan.q_range[:, 1] - plan.q_range[:, 0]) * geometry.spec.group + host.TASK_COST
+    table = tasks.split(by_key, geometry.spec.batch * geometry.spec.kv_heads, cores)
+    table[:, 2:4] = tasks.split(host.task_loads(plan, 1), geometry.heads, cores)[:, :2]
+    return table
+
+
+def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out, d_lse):
+    """The kernel's inputs by name, in the order of :func:`backward_signature`.
+
+    Args:
+        geometry: :class:`~flash_attention.ascend.geometry.Geometry`.
+        cores: number of cores the kernel was built for.
+        query, key, value, out, d_out: float16 (B, N, Sq, D), (B, Nkv, Sk, D) for key and value.
+        operands: :class:`~flash_attention.core.spec.Operands` of numpy arrays.
+        lse, d_lse: float32 (B, N, Sq).
+    """
+    spec, plan = geometry.spec, geometry.plan()
+    subtrahends = row_statistics(spec, out, lse, d_out, d_lse)
+    feed = {name: host.to_nz(x) for name, x in zip(("query", "key", "value", "d_out"), (query, key, value, d_out))}
+    feed["query_columns"] = pack_query_columns(geometry, subtrahends)
+    feed["key_columns"] = pack_key_columns(geometry)
+    if spec.mask_shape is not None:
+        feed["mask"] = host.pack_mask(geometry, operands.mask)
+    if spec.bias_shape is not None:
+        feed["bias"] = host.pack_bias(geometry, operands.bias)
+    if spec.alibi_shape is not None:
+        feed["slopes"] = host.pack_slopes(geometry, operands.slopes)
+    if spec.dropout_rate:
+        feed["keep"] = host.pack_keep(geometry, operands.dropout_seed)
+        feed["minus_delta"] = np.zeros((geometry.heads, geometry.q_tiles * geometry.tiles.q), np.float16)
+        feed["minus_delta"][:, : spec.q_len] = _half(-subtrahends[1].reshape(geometry.heads, -1))
+    if needs_positions(spec):
+        feed["bounds"] = host.pack_bounds(geometry)
+    feed["key_tasks"] = tasks.key_tasks(plan)
+    feed["tiles"] = tasks.query_tiles(plan)
+    feed["cores"] = pack_cores(geometry, cores)
+    host.check_feed(feed, backward_signature(geometry, cores)[0])
+    return feed
+
+
+def unpack_backward(geometry, outputs):
+    """Kernel outputs -> (d_query, d_key, d_value), float16 (B, N, Sq, D) and twice (B, Nkv, Sk, D)."""
+    spec = geometry.spec
+    lengths = (spec.q_len, spec.kv_len, spec.kv_len)
+    return tuple(host.from_nz(x, length, spec.head_dim) for x, length in zip(outputs, lengths))
