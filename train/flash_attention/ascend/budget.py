@@ -11,11 +11,20 @@ from flash_attention.ascend.program import Buffer
 from flash_attention.ascend.tasks import CORE_FIELDS, TASK_HEAD, TILE_FIELDS
 from flash_attention.ascend.tile_ops.matmul import FRACTAL_ELEMENTS, cube_buffers
 from flash_attention.ascend.tile_ops.vector import LANES
+from flash_attention.core.plan import make_plan
 from flash_attention.core.tiling import get_strategy
 from flash_attention.core.tiling.base import Tile
 
 PREFERRED = Tile(128, 128)
-"""The tile that the 'auto' strategy takes unless a cost model chooses: 128 x 128 x 128 fills half of each L0."""
+"""128 x 128 x 128 products fill half of L0A and L0B, so that one half is loaded while the cube reads the other."""
+
+_LONGER = Tile(128, 256)
+"""Rescales O half as often, but wastes more where few keys are visible."""
+
+# Vector cycles of a tile of 128 queries, measured on the simulator's trace (see test_ascend_cycles.py).
+_CYCLES_PER_KEY = 12
+_CYCLES_PER_ROW = 4  # of O^T with its row sums: drained from L0C and rescaled once a key tile
+_CYCLES_PER_TILE = 88
 
 
 def forward_buffers(geometry):
@@ -139,13 +148,24 @@ class Budget:
         return "\n".join(lines)
 
 
+def preferred_tile(spec):
+    """The tile with the fewest predicted vector cycles, which the 'auto' strategy takes: (128, 256) or (128, 128)."""
+
+    def cycles(tile):
+        visited = make_plan(spec.band, spec.offset, tile.q, tile.kv).visited
+        per_tile = _CYCLES_PER_TILE + _CYCLES_PER_ROW * (round_up(spec.head_dim) + FRACTAL)
+        return visited * (_CYCLES_PER_KEY * tile.kv + per_tile)
+
+    return min((_LONGER, PREFERRED), key=cycles)
+
+
 def choose_tiles(spec, chip=ASCEND_910A):
     """The :class:`~flash_attention.ascend.geometry.KernelTiles` of a spec.
 
     The tile of the spec's strategy, halved until its buffers fit. Two query tiles are resident when every core gets
     two; that halves key and value traffic and lets cube and vector unit work at the same time.
     """
-    wanted = get_strategy(spec.tiling).tiles(spec, PREFERRED)
+    wanted = get_strategy(spec.tiling).tiles(spec, preferred_tile(spec))
     q, kv = round_up(wanted.q), round_up(wanted.kv)
     while True:
         q_tiles = -(-spec.q_len // q)

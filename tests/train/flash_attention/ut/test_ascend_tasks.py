@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flash_attention.ascend import host, tasks
-from flash_attention.ascend.budget import Budget, choose_tiles, forward_buffers
+from flash_attention.ascend.budget import Budget, choose_tiles, forward_buffers, preferred_tile
 from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
 from flash_attention.ascend.geometry import Geometry, KernelTiles
 from flash_attention.ascend.limits import supports
@@ -142,9 +142,17 @@ def test_chosen_tiles_fit_every_head_size(strategy, extra, chip):
 
 
 def test_two_query_tiles_are_resident_where_every_core_has_two():
-    assert choose_tiles(make_spec(4096, 4096, 128, heads=(4, 8, 8))) == KernelTiles(128, 128, 2, 4)
-    assert choose_tiles(make_spec(4096, 4096, 256, heads=(4, 8, 8))) == KernelTiles(64, 128, 2, 2)
+    assert choose_tiles(make_spec(4096, 4096, 128, heads=(4, 8, 8))) == KernelTiles(128, 256, 2, 2)
+    assert choose_tiles(make_spec(4096, 4096, 256, heads=(4, 8, 8))) == KernelTiles(64, 256, 2, 2)
+    assert choose_tiles(make_spec(4096, 4096, 128, heads=(4, 8, 8), tiling="sparse")) == KernelTiles(128, 128, 2, 4)
     assert choose_tiles(make_spec(1024, 1024, 128)).resident == 1
+
+
+def test_narrow_windows_get_short_tiles():
+    narrow = {"prev_block_num": 1, "next_block_num": 0}
+    assert preferred_tile(make_spec(4096, 4096, 128)).kv == 256
+    assert preferred_tile(make_spec(4096, 4096, 128, causal=True)).kv == 256
+    assert preferred_tile(make_spec(4096, 4096, 128, causal=True, **narrow)).kv == 128
 
 
 def test_budget_prints_every_buffer():
