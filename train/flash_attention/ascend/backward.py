@@ -11,6 +11,7 @@ Shapes: Br queries and Bc keys a tile, D head size padded to 16, q1 groups of 16
 
 from flash_attention.ascend.backward_arguments import backward_signature
 from flash_attention.ascend.backward_budget import backward_buffers, needs_fp32_scores
+from flash_attention.ascend.backward_operands import KEY_PASS, QUERY_PASS, parts
 from flash_attention.ascend.backward_pair import TilePair, tile_row
 from flash_attention.ascend.program import Program
 from flash_attention.ascend.tasks import CORE_FIELDS
@@ -42,8 +43,9 @@ class _Backward:
         self.fp32_scores = needs_fp32_scores(geometry.spec)
         self.columns = geometry.depth + FRACTAL
         self.rows = self.tiles.groups * FRACTAL  # of a piece of a query tile
-        self.gm, self.local, self.buffers = {}, {}, {}
+        self.gm, self.local, self.buffers, self.field = {}, {}, {}, {}
         self.cube = None
+        self.key_parts, self.query_parts = [], []
 
     # --- program ----------------------------------------------------------------------------------
     def build(self, cores, kernel_name):
@@ -53,6 +55,8 @@ class _Backward:
         with self.api.for_range(0, cores, name="core", block_num=cores) as core:
             self._declare()
             self._constants()
+            self.key_parts = [part(self) for part in parts(self.spec, KEY_PASS)]
+            self.query_parts = [part(self) for part in parts(self.spec, QUERY_PASS)]
             layout.copy(self.api, Place(self.local["core"]), Place(self.gm["cores"], core * CORE_FIELDS), CORE_FIELDS)
             bounds = [self.program.integer(self.local["core"][number], "bound") for number in range(4)]
             with self.api.for_range(bounds[0], bounds[1], name="key_item") as item:
@@ -96,45 +100,56 @@ class _Backward:
         key, value = self.local["key_resident"], self.local["value_resident"]
         self._load_keys(key, value, kv_head, key_tile)
         for number in (0, 1):
-            self._clear_sums(number * self.tiles.kv * depth, self.tiles.kv)
+            self.clear_sums(self.local["sums"][number * self.tiles.kv * depth], self.tiles.kv, depth)
         with api.for_range(0, spec.group, name="member") as member:
             head = kv_head * spec.group + member
             self._slopes(head)
+            for part in self.key_parts:
+                part.start(head, key_tile)
             with api.for_range(first, stop, name="q_tile", thread_num=2) as q_tile:
                 query, d_out = (self.program.local(self.buffers[name]) for name in ("query_stream", "d_out_stream"))
                 self._load_queries(query, d_out, head, q_tile)
                 field = tile_row(self, q_tile)
                 pair = TilePair(self, head, q_tile, key_tile, (query, d_out, key, value), field)
-                self._work(pair, True, pair.add_key_gradients)
+                self._work(pair, True, pair.add_key_gradients, self.key_parts)
+            for part in self.key_parts:
+                part.finish(head, key_tile)
         for number, (name, factor) in enumerate((("d_value", self._kept), ("d_key", spec.scale * self._kept))):
             self._store(name, number * self.tiles.kv * depth, kv_head, key_tile, factor)
 
     def _query_task(self, head, q_tile):
         """dQ of one query tile: all key tiles that it sees."""
-        api = self.api
-        field = tile_row(self, q_tile, ("first", "stop"))
-        first, stop = field["first"], field["stop"]
+        api, depth = self.api, self.geometry.depth
+        self.field = field = tile_row(self, q_tile, ("first", "stop"))
         query, d_out = self.local["query_resident"], self.local["d_out_resident"]
         self._load_queries(query, d_out, head, q_tile)
         self._slopes(head)
         for piece in range(self.geometry.pieces):
-            self._clear_sums(piece * self.rows * self.geometry.depth, self.rows)
-        with api.for_range(first, stop, name="key_tile", thread_num=2) as key_tile:
+            self.clear_sums(self.local["sums"][piece * self.rows * depth], self.rows, depth)
+        for part in self.query_parts:
+            part.start(head, q_tile)
+        with api.for_range(field["first"], field["stop"], name="key_tile", thread_num=2) as key_tile:
             key, value = (self.program.local(self.buffers[name]) for name in ("key_stream", "value_stream"))
             self._load_keys(key, value, head // self.spec.group, key_tile)
             pair = TilePair(self, head, q_tile, key_tile, (query, d_out, key, value), field)
-            self._work(pair, False, pair.add_query_gradient)
+            self._work(pair, False, pair.add_query_gradient, self.query_parts)
+        for part in self.query_parts:
+            part.finish(head, q_tile)
         self._store_query_gradient(head, q_tile)
 
-    def _work(self, pair, with_probs, add_gradients):
+    def _work(self, pair, with_probs, add_gradients, operand_parts):
         """All pieces of a pair, phase by phase: the cube works for one piece while the vector unit works on another."""
         pieces = range(self.geometry.pieces)
         for piece in pieces:
             pair.products(piece)
         for piece in pieces:
-            pair.differentiate(piece, with_probs)
+            d_scores = pair.differentiate(piece, with_probs)
+            for part in operand_parts:
+                part.vector(pair, piece, d_scores)
         for piece in pieces:
             add_gradients(piece)
+            for part in operand_parts:
+                part.cube(pair, piece)
 
     @property
     def _kept(self):
@@ -151,12 +166,11 @@ class _Backward:
             slope = Lanes(self.local["slope"], sign * 8, 0)
             masks.slope_tile(self.api, tile, self.local["key_index"], slope, self.tiles.kv)
 
-    def _clear_sums(self, offset, rows):
-        """Zero a tile of L0C by a product of zeros: it is then right for tasks that visit nothing, too."""
+    def clear_sums(self, dst, rows, columns):
+        """Zero a zN tile of L0C by a product of zeros: it is then right for tasks that visit nothing, too."""
         zeros = self.local["zeros_l1"]
         left = Operand(zeros, rows, FRACTAL, uniform=True)
-        right = Operand(zeros, FRACTAL, self.geometry.depth, uniform=True)
-        self.cube.multiply(self.local["sums"][offset], left, right)
+        self.cube.multiply(dst, left, Operand(zeros, FRACTAL, columns, uniform=True))
 
     # --- global memory ----------------------------------------------------------------------------
     def _load_keys(self, key, value, kv_head, key_tile):

@@ -6,7 +6,8 @@ value that let the cube subtract what belongs to a query (``pack_query_columns``
 
 import numpy as np
 
-from flash_attention.ascend import host, tasks
+from flash_attention.ascend import backward_operands, host, tasks
+from flash_attention.ascend.backward_operands import KEY_SUMS, KEY_UNIT, ONE
 from flash_attention.ascend.geometry import FRACTAL
 from flash_attention.ascend.program import GmTensor
 from flash_attention.ascend.signature import BOUND_ROWS, mask_axes, tile_axes
@@ -66,7 +67,7 @@ def backward_signature(geometry, cores):
         GmTensor("d_key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
         GmTensor("d_value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
     ]
-    return inputs, outputs
+    return inputs, outputs + [part.output(geometry) for part in backward_operands.parts(spec)]
 
 
 def needs_positions(spec):
@@ -75,7 +76,7 @@ def needs_positions(spec):
 
 
 def parts(x):
-    """A float array (...,) -> float16 (..., 3) whose products with (COARSE, 1, 1) add up to it, as far as they reach."""
+    """A float array (...,) -> float16 (..., 3) whose sum with weights (COARSE, 1, 1) is the array."""
     x = np.asarray(x, np.float64)
     coarse = _half(x / COARSE)
     middle = _half(x - COARSE * coarse)
@@ -98,21 +99,23 @@ def row_statistics(spec, out, lse, d_out, d_lse):
 
 
 def pack_query_columns(geometry, subtrahends):
-    """fp16 (B * N, 2, padded Sq, 16): three parts of what is subtracted, negated, and 1 in the query's fourth."""
+    """fp16 (B * N, 2, padded Sq, 16): three parts of what is subtracted, negated, and the query's ONE."""
     spec = geometry.spec
     packed = np.zeros((geometry.heads, 2, geometry.q_rows, FRACTAL), np.float16)
     for number, subtrahend in enumerate(subtrahends):
         packed[:, number, : spec.q_len, :3] = parts(-subtrahend.reshape(geometry.heads, -1))
-    packed[:, 0, : spec.q_len, 3] = 1.0
+    packed[:, 0, : spec.q_len, ONE] = 1.0
     return packed
 
 
 def pack_key_columns(geometry):
-    """fp16 (padded Sk, 16): the units of the parts where a key exists, in the fourth column what hides it where not."""
+    """fp16 (padded Sk, 16): the parts' units and KEY_SUMS where a key exists, what meets ONE and hides it where not."""
     spec = geometry.spec
     packed = np.zeros((geometry.kv_rows, FRACTAL), np.float16)
+    index = np.arange(spec.kv_len)
     packed[: spec.kv_len, :3] = COARSE, 1.0, 1.0
-    packed[spec.kv_len :, 3] = -HIDE if spec.scale > 0 else HIDE
+    packed[: spec.kv_len, KEY_SUMS] = np.stack([np.ones_like(index), index // KEY_UNIT, index % KEY_UNIT], axis=1)
+    packed[spec.kv_len :, ONE] = -HIDE if spec.scale > 0 else HIDE
     return packed
 
 
@@ -160,7 +163,44 @@ def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out,
 
 
 def unpack_backward(geometry, outputs):
-    """Kernel outputs -> (d_query, d_key, d_value), float16 (B, N, Sq, D) and twice (B, Nkv, Sk, D)."""
+    """Kernel outputs -> gradients by name: 'query', 'key', 'value' in float16, 'bias' and 'slopes' in float32.
+
+    Shapes are those of the tensors; 'bias' and 'slopes' are there when the spec has them.
+    """
     spec = geometry.spec
     lengths = (spec.q_len, spec.kv_len, spec.kv_len)
-    return tuple(host.from_nz(x, length, spec.head_dim) for x, length in zip(outputs, lengths))
+    grads = {
+        name: host.from_nz(x, length, spec.head_dim)
+        for name, x, length in zip(("query", "key", "value"), outputs, lengths)
+    }
+    sums = {part.output(geometry).name: x for part, x in zip(backward_operands.parts(spec), outputs[3:])}
+    kept = 1.0 / (1.0 - spec.dropout_rate)
+    if "bias_tiles" in sums:
+        grads["bias"] = kept * _reduce_to(_from_tiles(geometry, sums["bias_tiles"]), spec.bias_shape)
+    if "bias_sums" in sums:
+        per_key = sums["bias_sums"].reshape(spec.batch, spec.heads, 1, -1)[..., : spec.kv_len]
+        grads["bias"] = kept * _reduce_to(per_key, spec.bias_shape)
+    if "slope_sums" in sums:
+        d_slopes = kept * _slope_gradients(spec, sums["slope_sums"])
+        grads["slopes"] = d_slopes if len(spec.alibi_shape) == 2 else d_slopes.sum(axis=0)
+    return grads
+
+
+def _from_tiles(geometry, tiles):
+    """Transposed tiles of ``tile_axes`` -> (B, N, Sq, Sk) float32."""
+    batch, heads, q_tiles, kv_tiles, groups, keys = tiles.shape[:6]
+    rows = tiles.transpose(0, 1, 2, 4, 6, 3, 5).reshape(batch, heads, q_tiles * groups * FRACTAL, kv_tiles * keys)
+    return rows[:, :, : geometry.spec.q_len, : geometry.spec.kv_len].astype(np.float32)
+
+
+def _reduce_to(x, shape):
+    """Sum the axes along which ``shape`` was broadcast."""
+    return x.sum(axis=tuple(axis for axis, size in enumerate(shape) if size == 1), keepdims=True)
+
+
+def _slope_gradients(spec, sums):
+    """(B * N, 3, queries) sums of +-dS (1, key // KEY_UNIT, key % KEY_UNIT) -> (B, N) float32."""
+    total, high, low = np.moveaxis(sums[..., : spec.q_len].astype(np.float64), 1, 0)
+    position = np.arange(spec.q_len) + spec.offset
+    distances = position * total - KEY_UNIT * high - low
+    return -distances.sum(axis=-1).reshape(spec.batch, spec.heads).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from flash_attention.ascend import backward_operands
 from flash_attention.ascend.budget import PREFERRED, Budget
 from flash_attention.ascend.chips import ASCEND_910A
 from flash_attention.ascend.geometry import FRACTAL, Geometry, KernelTiles, round_up
@@ -19,7 +20,10 @@ def needs_fp32_scores(spec):
 
 def backward_buffers(geometry):
     """Every local :class:`~flash_attention.ascend.program.Buffer` of the backward kernel."""
-    return _unified_buffer(geometry) + _operand_buffers(geometry) + _l1(geometry) + _cube(geometry)
+    buffers = _unified_buffer(geometry) + _operand_buffers(geometry) + _l1(geometry) + _cube(geometry)
+    for part in backward_operands.parts(geometry.spec):
+        buffers += part.buffers(geometry)
+    return buffers
 
 
 def _unified_buffer(geometry):

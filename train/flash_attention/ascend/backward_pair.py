@@ -83,7 +83,7 @@ class TilePair:
 
     # --- P and dS ---------------------------------------------------------------------------------
     def differentiate(self, piece, with_probs):
-        """dS^T of a piece to L1, and with ``with_probs`` also P^T (after dropout)."""
+        """dS^T of a piece to L1 and into the returned tensor, and with ``with_probs`` P^T (after dropout) to L1."""
         api, local = self.api, self.local
         probs, d_scores = (local["{}{}".format(name, piece % 2)] for name in ("probs", "d_scores"))
         self._exponents(piece, probs)
@@ -102,6 +102,7 @@ class TilePair:
             args = d_scores, local["keep_half"], local["delta"], self.tiles.groups, self.tiles.kv
             gradient.add_dropped(api, *args)
         layout.copy(api, Place(local["d_scores_l1"], piece * self.elements), Place(d_scores), self.elements)
+        return d_scores
 
     def _load_minus_delta(self, piece):
         first = (self.head * self.geometry.q_tiles + self.q_tile) * self.tiles.q + piece * self.rows
@@ -133,7 +134,7 @@ class TilePair:
         layout.drain(
             self.api, Place(probs), Place(self.local["scores"], piece * self.elements), 1, self.elements // 256
         )
-        gradient.scale_exponents(self.api, probs, self.spec.scale, self.elements)
+        gradient.scale(self.api, probs, probs, self.spec.scale, self.elements)
 
     def _exponents_in_fp32(self, piece, probs):
         """Scale, bias, ALiBi and bounds; ``lse`` covers them all, so the sum is an exponent again."""
@@ -170,10 +171,14 @@ class TilePair:
         binary(api.vec_sub, bound, bound, Lanes(local["start"], 0, 0), self.tiles.groups)
         return bound
 
+    def relative_positions(self, piece):
+        """Lanes of the queries' positions, minus the tile's first key."""
+        return self._relative(2, piece)
+
     def _alibi(self, piece, factor):
         """``scale * S' - slope * |position - key|``; on one side of the diagonal without forming the distance."""
         api, local, groups, keys = self.api, self.local, self.tiles.groups, self.tiles.kv
-        relative = self._relative(2, piece)
+        relative = self.relative_positions(piece)
         with api.if_scope(self.key_tile < self.field["before_stop"]):
             self._alibi_one_sided(relative, 0, factor)
         with api.elif_scope(self.key_tile >= self.field["after_first"]):

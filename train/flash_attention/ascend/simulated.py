@@ -49,7 +49,7 @@ def run_forward(kernel, geometry, cores, query, key, value, operands):
 
 
 def backward(spec, saved, cotangents, tiles=None, chip=ASCEND_910A):
-    """Gradients ``(query, key, value, bias, slopes, sinks)`` of the backward kernel, None for an absent operand.
+    """Gradients of query, key, value (float16), bias, slopes (float32) and sinks; None for an absent operand.
 
     Args:
         spec: :class:`~flash_attention.core.spec.AttentionSpec` in float16.
@@ -74,7 +74,8 @@ def run_backward(kernel, geometry, cores, saved, cotangents):
         [np.asarray(x) for x in (query, key, value)] + [operands] + [np.asarray(x) for x in (out, lse) + cotangents]
     )
     feed = pack_backward(geometry, cores, *arrays)
-    return unpack_backward(geometry, host.run(kernel, feed)) + (None, None, None)
+    grads = unpack_backward(geometry, host.run(kernel, feed))
+    return tuple(grads.get(name) for name in ("query", "key", "value", "bias", "slopes", "sinks"))
 
 
 @functools.lru_cache(maxsize=64)

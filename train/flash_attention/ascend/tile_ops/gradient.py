@@ -4,12 +4,21 @@ The cube has subtracted ``lse / scale`` from the scores and delta from dP alread
 the rounding to fp16 is that of a difference, done while L0C is drained.
 """
 
-from flash_attention.ascend.tile_ops.vector import HALF_LANES, Lanes, binary, convert, low_level, unary, with_scalar
+from flash_attention.ascend.tile_ops.vector import (
+    HALF_LANES,
+    LANES,
+    Lanes,
+    binary,
+    convert,
+    low_level,
+    unary,
+    with_scalar,
+)
 
 
-def scale_exponents(api, exponents, scale, elements):
-    """``x = scale * x``: one cycle for 128 elements."""
-    with_scalar(api.vec_muls, Lanes(exponents), Lanes(exponents), scale, elements // HALF_LANES, mask=HALF_LANES)
+def scale(api, dst, src, factor, elements):
+    """``dst = factor * src``: one cycle for 128 elements."""
+    with_scalar(api.vec_muls, Lanes(dst), Lanes(src), factor, elements // HALF_LANES, mask=HALF_LANES)
 
 
 def discard(api, exponents, mask, groups, keys, mask_groups):
@@ -59,3 +68,20 @@ def add_dropped(api, d_scores, dropped, minus_delta, groups, keys):
         tile, other = (Lanes(tensor, group * keys * 16) for tensor in (d_scores, dropped))
         lane = Lanes(minus_delta, group * HALF_LANES, 0)
         low_level(api.vmla, tile, other, lane, keys * 16 // HALF_LANES, mask=HALF_LANES)
+
+
+def signs(api, dst, relative, index, work, units, groups, keys):
+    """``dst = sign(position - key)``, for tiles that the diagonal crosses: eight cycles for 128 elements.
+
+    Args:
+        dst: fp16 tensor. relative: Lanes of a statistic, position - tile's first key.
+        index: tensor of ``masks.index_tile``. work: fp32 tensor of ``groups * keys * 16`` elements.
+        units: fp16 tensor of 1 in 128 lanes, then -1 in 128 lanes.
+    """
+    for group in range(groups):
+        lane = relative._replace(offset=relative.offset + group * LANES, step=0)
+        binary(api.vec_sub, Lanes(work, group * keys * 16), lane, Lanes(index), keys // 4)
+    convert(api, Lanes(dst, 0, 4), Lanes(work), groups * keys // 4)
+    repeats = groups * keys * 16 // HALF_LANES
+    binary(api.vec_min, Lanes(dst), Lanes(dst), Lanes(units, 0, 0), repeats, mask=HALF_LANES)
+    binary(api.vec_max, Lanes(dst), Lanes(dst), Lanes(units, HALF_LANES, 0), repeats, mask=HALF_LANES)
