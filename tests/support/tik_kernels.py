@@ -1,7 +1,7 @@
 """Three small kernels written from the public TIK pages alone; any `tik` module runs them."""
 
 import numpy as np
-from support import tik_programs_more
+from support import tik_programs_moves
 
 
 def vector_add(tik, length):
@@ -112,7 +112,7 @@ def check_matmul_chain(tik, m=32, k=64, n=48, p=80):
     random = np.random.RandomState(2)
     matrices = {name: random.randn(*shape).astype(np.float16)
                 for name, shape in (("a", (m, k)), ("b", (n, k)), ("d", (p, n)))}  # fmt: skip
-    feed = {name: tik_programs_more.to_zn(x) for name, x in matrices.items()}
+    feed = {name: tik_programs_moves.to_zn(x) for name, x in matrices.items()}
     got = matmul_chain(tik, m, k, n, p).tikdb.start_debug(feed_dict=feed, interactive=False)[0]
     a, b, d = [matrices[name].astype(np.float64) for name in "abd"]
     want = (a @ b.T).astype(np.float16).astype(np.float64) @ d.T

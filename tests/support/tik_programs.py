@@ -1,12 +1,14 @@
 """Tiny TIK programs, each with the result expected of it, written without the simulator; any `tik` module runs them.
 
 `PROGRAMS` maps the name of an instruction to the programs that show it. This file has the harness and the vector
-instructions that work element by element; the others are in tik_programs_more.py.
+instructions that work element by element; tik_programs_lanes.py, _moves.py and _high.py have the others.
 """
 
 import numpy as np
 
-F16, F32, S16, U16, S32, U32 = "float16", "float32", "int16", "uint16", "int32", "uint32"
+F16, F32, S8, U8, S16, U16, S32, U32 = (
+    "float16", "float32", "int8", "uint8", "int16", "uint16", "int32", "uint32",
+)  # fmt: skip
 PROGRAMS = {}
 BLOCK = 32
 
@@ -115,6 +117,11 @@ def draw(dtype, size, seed, low=-4.0, high=4.0):
         return random.uniform(low, high, size).astype(dtype)
     info = np.iinfo(dtype)
     return random.randint(max(info.min, -1000), min(info.max, 60000) + 1, size).astype(dtype)
+
+
+def exact(seed, dtype, size):
+    """Small multiples of 1/8, whose sums are exact in both float types."""
+    return np.random.RandomState(seed).randint(-16, 17, size).astype(dtype) / np.dtype(dtype).type(8)
 
 
 # --- element by element ---------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_head_sizes_and_tails(head_dim, lengths):
 @pytest.mark.parametrize("head_dim", (64, 128, 256))
 def test_two_resident_tiles_of_the_size_a_device_gets(head_dim):
     """Lengths of a few tiles with the tiles of a large call: the ones whose cycles are reported."""
-    tiles = choose_tiles(AttentionSpec(4, 8, 8, 4096, 4096, head_dim, "float16"))
+    tiles = choose_tiles(AttentionSpec(4, 8, 8, 4096, 4096, head_dim, "float16", causal=True))
     assert tiles.resident == 2
     case = Case(dtype="float16", lengths=(300, 420), head_dim=head_dim, heads=(1, 1, 1), gradients=False, band="causal")
     check(case, tiles)

@@ -120,6 +120,19 @@ def test_compact_mask_strip_is_the_mask_around_the_own_blocks(block, offset):
     np.testing.assert_array_equal(visible(spec.band, p, j) & ~hidden[:200, :200], want)
 
 
+@pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 3), (1, 70), (1, 90))), ids=str)
+def test_operands_of_every_broadcast_shape_are_packed(shape):
+    """Tiles of an operand hold what its broadcast to (B, N, Sq, Sk) holds."""
+    geometry = Geometry(make_spec(70, 90, heads=(2, 3, 3), bias_shape=shape), KernelTiles(32, 48, 1, 1))
+    bias = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    packed = host.pack_bias(geometry, bias)
+    batches, heads, q_tiles, kv_tiles, groups = packed.shape[:5]
+    assert (batches, heads) == shape[:2] and (q_tiles, groups) == ((1, 1) if shape[2] == 1 else (3, 2))
+    rows = packed.transpose(0, 1, 2, 4, 6, 3, 5).reshape(batches, heads, q_tiles * groups * 16, kv_tiles * 48)
+    rows = np.broadcast_to(rows[:, :, :1], rows.shape[:2] + (70, 144)) if shape[2] == 1 else rows[:, :, :70]
+    np.testing.assert_array_equal(rows[..., :90], np.broadcast_to(bias, shape[:2] + (70, 90)))
+
+
 # --- budgets and limits ---------------------------------------------------------------------------
 EXTRAS = {
     "plain": {},

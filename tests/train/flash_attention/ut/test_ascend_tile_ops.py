@@ -366,7 +366,7 @@ def test_end_of_a_tile_with_dead_rows():
     with stage.program((1056,), "float32") as out:
         api, tensor, running = stage.api, stage.load("output"), stage.load("running")
         stats = [Lanes(stage.local("s{}".format(n), "UB", "float32", 128)) for n in range(5)]
-        finish.row_sums(api, finish.place(stats[0]), Place(tensor), groups, rows)
+        finish.row_sums(api, stats[0].place, Place(tensor), groups, rows)
         finish.alive_and_divisor(api, stats[1], stats[2], stats[0], stats[4], groups)
         finish.log_sum_exp(api, stats[3], Lanes(running), stats[1], stats[2], groups, 0.5)
         half, result = (stage.local(name, "UB", "float16", 1024) for name in ("half", "result"))
@@ -374,7 +374,7 @@ def test_end_of_a_tile_with_dead_rows():
         wide = stage.local("widened", "UB", "float32", 1024)
         api.vec_conv(64, "none", wide, result, 16, 8, 4)
         layout.copy(api, Place(out), Place(wide), 1024)
-        finish.store_statistic(api, Place(out, 1024), finish.place(stats[3]), finish.place(stats[4]), groups)
+        finish.store_statistic(api, Place(out, 1024), stats[3].place, stats[4].place, groups)
     got = stage.run()
     dead = sums == 0
     with np.errstate(divide="ignore"):

@@ -1,14 +1,14 @@
 """Every row of the simulator's instruction table runs a tiny program whose result was computed without it."""
 
 import pytest
-from support import tik_programs, tik_programs_more
+from support import tik_programs, tik_programs_high, tik_programs_lanes, tik_programs_moves  # noqa: F401
 
 from flash_attention.ascend.simulator import INSTRUCTIONS, Toolkit, table
 from flash_attention.ascend.simulator.isa import Call
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 
-PROGRAMS = tik_programs_more.PROGRAMS
+PROGRAMS = tik_programs.PROGRAMS  # importing the other three has filled it
 CASES = [
     pytest.param(program, id="{}-{}-{}".format(name, number, program.label))
     for name, programs in sorted(PROGRAMS.items())
