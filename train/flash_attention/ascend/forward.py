@@ -103,10 +103,15 @@ class _Forward:
         with api.for_range(first, stop, name="key_tile", thread_num=2) as key_tile:
             key, value = self.program.local(self.buffers["key_l1"]), self.program.local(self.buffers["value_l1"])
             self._load_keys(key, value, head, key_tile)
-            for phase in (_QueryTile.scores, _QueryTile.attend, _QueryTile.accumulate):
-                for tile in tiles:
-                    with tile.visits(key_tile):
-                        phase(tile, key_tile, key, value)
+            for tile in tiles:
+                with tile.visits(key_tile):
+                    tile.scores(key)
+            for tile in tiles:
+                with tile.visits(key_tile):
+                    tile.attend(key_tile, value)
+            for tile in tiles:
+                with tile.visits(key_tile):
+                    tile.accumulate()
         for tile in tiles:
             with tile.exists():
                 tile.store()
@@ -201,9 +206,7 @@ class _QueryTile:
         for number, name in enumerate(("first_key", "last_key", "position")):
             if name in self.local:
                 column = (number * geometry.q_tiles + self.tile) * rows_of_tile
-                layout.spread_lanes(
-                    api, finish.place(self.lanes(name)), Place(self.gm["bounds"], column), geometry.q_groups
-                )
+                layout.spread_lanes(api, self.lanes(name).place, Place(self.gm["bounds"], column), geometry.q_groups)
         fill(api, self.lanes("running"), softmax.LOWEST, geometry.q_groups)
         fill(api, self.output(), 0.0, geometry.q_groups * self.kernel.rows // 4)
 
@@ -212,17 +215,15 @@ class _QueryTile:
         return self.head * (self.geometry.depth * self.geometry.q_rows) + self.tile * (self.tiles.q * 16)
 
     # --- phases of a key tile ---------------------------------------------------------------------
-    def scores(self, key_tile, key, value):
+    def scores(self, key):
         """S^T = K Q^T to L0C: zN, Bc rows and Br columns, which is [q1][key][16 queries]."""
-        del key_tile, value
         depth = self.geometry.depth
         query = Operand(self.local["query_l1"], self.tiles.q, depth, transposed=True,
                         offset=self.slot * self.tiles.q * depth)  # fmt: skip
         self.kernel.cube.multiply(self.products().at(), Operand(key, self.tiles.kv, depth), query)
 
-    def attend(self, key_tile, key, value):
+    def attend(self, key_tile, value):
         """Softmax of the scores, P^T to L1 and O^T = [V 1]^T P^T to L0C."""
-        del key
         for piece in range(self.geometry.pieces):
             self._softmax(piece, key_tile)
         depth, keys = self.geometry.depth, self.tiles.kv
@@ -259,9 +260,8 @@ class _QueryTile:
             kept = self.probs("kept_l1")
             layout.copy(api, Place(kept.tensor, kept.offset + piece * elements), Place(local["kept"]), elements)
 
-    def accumulate(self, key_tile, key, value):
+    def accumulate(self):
         """O^T = rescale * O^T + this key tile's, the row sums with it."""
-        del key_tile, key, value
         api, groups, rows, depth = self.api, self.tiles.groups, self.kernel.rows, self.geometry.depth
         work = Place(self.local["work"])
         for piece in range(self.geometry.pieces):
@@ -355,7 +355,7 @@ class _QueryTile:
         scratch = [Lanes(self.local["scratch"], number * self.kernel.statistic) for number in range(5)]
         sums, alive, divisor, lse, spare = scratch
         groups = geometry.q_groups
-        finish.row_sums(api, finish.place(sums), finish.place(self.output()), groups, self.kernel.rows)
+        finish.row_sums(api, sums.place, self.output().place, groups, self.kernel.rows)
         finish.alive_and_divisor(api, alive, divisor, sums, spare, groups)
         if self.kernel.with_lse:
             scale = self.spec.scale if geometry.scaled_late else 1.0
@@ -366,7 +366,7 @@ class _QueryTile:
         def write(rows):
             if self.kernel.with_lse:
                 target = Place(self.gm["lse"], self.head * geometry.q_rows + self.tile * self.tiles.q)
-                finish.store_statistic(api, target, finish.place(lse), finish.place(spare), rows // 16)
+                finish.store_statistic(api, target, lse.place, spare.place, rows // 16)
             for piece in range(geometry.pieces):
                 self._store_piece(piece, divisor, rows)
 

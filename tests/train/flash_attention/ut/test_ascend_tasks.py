@@ -129,7 +129,7 @@ def test_operands_of_every_broadcast_shape_are_packed(shape):
     batches, heads, q_tiles, kv_tiles, groups = packed.shape[:5]
     assert (batches, heads) == shape[:2] and (q_tiles, groups) == ((1, 1) if shape[2] == 1 else (3, 2))
     rows = packed.transpose(0, 1, 2, 4, 6, 3, 5).reshape(batches, heads, q_tiles * groups * 16, kv_tiles * 48)
-    rows = np.broadcast_to(rows[:, :, :1], rows.shape[:2] + (70, 144)) if shape[2] == 1 else rows[:, :, :70]
+    rows = np.broadcast_to(rows[:, :, :1], rows.shape[:2] + (70, rows.shape[3])) if shape[2] == 1 else rows[:, :, :70]
     np.testing.assert_array_equal(rows[..., :90], np.broadcast_to(bias, shape[:2] + (70, 90)))
 
 

@@ -1,7 +1,6 @@
 """The end of a query tile: O / l, the log-sum-exp, and what becomes of rows that saw no key."""
 
 from flash_attention.ascend.tile_ops import layout
-from flash_attention.ascend.tile_ops.layout import Place
 from flash_attention.ascend.tile_ops.vector import LANES, Lanes, binary, convert, fill, low_level, unary, with_scalar
 
 _MINUS_INFINITY = -(2.0**23)
@@ -77,8 +76,3 @@ def store_statistic(api, dst, statistic, compact, groups):
     """A statistic -> one fp32 value a query in global memory. All are :class:`Place`; ``compact`` is scratch in UB."""
     layout.gather_lanes(api, compact, statistic, groups)
     layout.copy(api, dst, compact, groups * 16)
-
-
-def place(lanes):
-    """The :class:`Place` where ``lanes`` start."""
-    return Place(lanes.tensor, lanes.offset)

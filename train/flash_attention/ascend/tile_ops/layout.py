@@ -7,20 +7,10 @@ All row counts are multiples of 16 unless said otherwise. Gaps are from the end 
 from typing import NamedTuple
 
 from flash_attention.ascend.tile_ops.vector import BLOCK
+from flash_attention.ascend.tile_ops.vector import Place as Place  # what every move below takes
 
 GAP_LIMIT = 65535
 """Largest gap of ``data_move``, in blocks of 32 bytes."""
-
-
-class Place(NamedTuple):
-    """Where a tile starts: a tensor in any memory, and an element of it (an int or a TIK expression)."""
-
-    tensor: object
-    offset: object = 0
-
-    def at(self, element=0):
-        """The tensor from ``element`` of the tile on."""
-        return self.tensor[self.offset + element]
 
 
 class Rows(NamedTuple):

@@ -11,6 +11,17 @@ HALF_LANES = 128
 """Lanes of a repeat of fp16."""
 
 
+class Place(NamedTuple):
+    """Where a tile starts: a tensor in any memory, and an element of it (an int or a TIK expression)."""
+
+    tensor: object
+    offset: object = 0
+
+    def at(self, element=0):
+        """The tensor from ``element`` of the tile on."""
+        return self.tensor[self.offset + element]
+
+
 class Lanes(NamedTuple):
     """An operand in the Unified Buffer.
 
@@ -28,6 +39,11 @@ class Lanes(NamedTuple):
     def at(self, repeat):
         """The tensor from the first element of ``repeat`` on."""
         return self.tensor[self.offset + repeat * self.step * BLOCK[self.tensor.dtype]]
+
+    @property
+    def place(self):
+        """The :class:`Place` where the lanes start, for moves."""
+        return Place(self.tensor, self.offset)
 
 
 def _calls(repeats):
