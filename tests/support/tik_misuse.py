@@ -51,7 +51,7 @@ class Kernel:
         return self.run()
 
 
-def refused(rule, words):
+def expect_error(rule, words):
     """Expect a SimulatorError of `rule` whose text matches `words` and which names this file."""
 
     class Refused:

@@ -176,8 +176,12 @@ from tbe import tik
 from te import platform as cce
 import te.platform.cce_conf
 from tbe.common.platform import get_soc_spec, set_current_compile_soc_info, api_check_support
+from tbe.common.register import register_op_compute
+from tbe.common.utils import para_check
 
 
+@register_op_compute("double")
+@para_check.check_op_params(para_check.REQUIRED_ATTR_STR, para_check.KERNEL_NAME)
 def double(dtype, kernel_name="double"):
     set_current_compile_soc_info("Ascend910")
     instance = tik.Tik(tik.Dprofile())

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.tik_misuse import F16, F32, S32, Kernel, refused
+from support.tik_misuse import F16, F32, S32, Kernel, expect_error
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 
@@ -15,7 +15,9 @@ def k():
 # --- declarations ----------------------------------------------------------------------------------
 def test_more_ub_than_there_is(k):
     k.ub("first", (100000,))
-    with refused("capacity", "'second' must be at most the 62144 bytes left of 262144 in UB, but got 200000 bytes"):
+    with expect_error(
+        "capacity", "'second' must be at most the 62144 bytes left of 262144 in UB, but got 200000 bytes"
+    ):
         k.ub("second", (100000,))
 
 
@@ -24,13 +26,13 @@ def test_more_ub_than_there_is(k):
 )
 def test_capacity_of_the_other_scopes(k, scope, bytes_):
     k.local(scope, "fits", (bytes_ // 2,))
-    with refused("capacity", "must be at most the 0 bytes left"):
+    with expect_error("capacity", "must be at most the 0 bytes left"):
         k.local(scope, "too_much", (16,))
 
 
 def test_l1out_and_l0c_are_one_memory(k):
     k.local("scope_cbuf_out", "c", (65536,), F32)
-    with refused("capacity", "0 bytes left of 262144 in L0C"):
+    with expect_error("capacity", "0 bytes left of 262144 in L0C"):
         k.local("scope_cc", "d", (256,), F32)
 
 
@@ -40,7 +42,7 @@ def test_sizes_are_rounded_up_to_the_alignment_of_the_scope(k):
 
 
 def test_double_buffered_tensors_count_twice(k):
-    with refused("capacity", "262144 in UB, but got 150000 bytes twice"):
+    with expect_error("capacity", "262144 in UB, but got 150000 bytes twice"):
         with k.t.for_range(0, 4, thread_num=2):
             k.ub("tile", (75000,))
 
@@ -58,22 +60,22 @@ def test_ub_budget_is_a_warning(k):
 
 
 def test_gm_tensor_inside_a_scope(k):
-    with refused("lifetime", "'x' must be declared outside every loop, branch and scope"):
+    with expect_error("lifetime", "'x' must be declared outside every loop, branch and scope"):
         with k.t.for_range(0, 2):
             k.gm("x")
 
 
 @pytest.mark.parametrize("name", ["1st", "a-b", "", "a b"])
 def test_bad_name(k, name):
-    with refused("name", "letters, digits and _"):
+    with expect_error("name", "letters, digits and _"):
         k.ub(name)
 
 
 def test_reserved_and_repeated_gm_names(k):
-    with refused("name", "a free name"):
+    with expect_error("name", "a free name"):
         k.gm("__fake_tensor")
     k.gm("x")
-    with refused("name", "unique among GM tensors"):
+    with expect_error("name", "unique among GM tensors"):
         k.gm("x")
 
 
@@ -81,25 +83,25 @@ def test_reserved_and_repeated_gm_names(k):
     "shape, words", [((0,), "positive"), ((2.0,), "positive"), ((1,) * 9, "1..8 axes"), (16, "list or tuple")]
 )
 def test_bad_shape(k, shape, words):
-    with refused("shape", words):
+    with expect_error("shape", words):
         k.ub("x", shape)
 
 
 def test_bad_dtype_and_scope(k):
-    with refused("dtype", "'dtype' must be one of int8"):
+    with expect_error("dtype", "'dtype' must be one of int8"):
         k.ub("x", (16,), "bfloat16")
-    with refused("scope", "TIK's scope constants"):
+    with expect_error("scope", "TIK's scope constants"):
         k.t.Tensor(F16, (16,), name="x", scope="UB")
 
 
 def test_workspace_and_atomic_outside_gm(k):
     for option, rule in (("is_workspace", "workspace"), ("is_atomic_add", "atomic")):
-        with refused(rule, "'{}' must be False outside GM".format(option)):
+        with expect_error(rule, "'{}' must be False outside GM".format(option)):
             k.t.Tensor(F16, (16,), name="x", scope=k.tik.scope_ubuf, **{option: True})
 
 
 def test_newer_tensor_options_are_not_ignored(k):
-    with refused("unsupported", "'init_value' must be None"):
+    with expect_error("unsupported", "'init_value' must be None"):
         k.t.Tensor(F16, (16,), name="x", scope=k.tik.scope_gm, init_value=0)
 
 
@@ -107,7 +109,7 @@ def test_newer_tensor_options_are_not_ignored(k):
 def test_tensor_used_after_its_scope(k):
     with k.t.new_stmt_scope():
         dead = k.ub("dead")
-    with refused("lifetime", "'vec_dup', 'dst' must be alive, but got 'dead', whose scope has ended"):
+    with expect_error("lifetime", "'vec_dup', 'dst' must be alive, but got 'dead', whose scope has ended"):
         k.t.vec_dup(128, dead, 0, 1, 8)
 
 
@@ -115,37 +117,37 @@ def test_scalar_and_loop_variable_used_after_their_scope(k):
     tile = k.ub()
     with k.t.for_range(0, 2) as i:
         scalar = k.t.Scalar("int32", "count", 1)
-    with refused("lifetime", "'i', whose scope has ended"):
+    with expect_error("lifetime", "'i', whose scope has ended"):
         k.t.vec_dup(16, tile[i * 16], 0, 1, 8)
-    with refused("lifetime", "'count', whose scope has ended"):
+    with expect_error("lifetime", "'count', whose scope has ended"):
         k.t.vec_dup(16, tile, 0, scalar, 8)
-    with refused("lifetime", "'count'"):
+    with expect_error("lifetime", "'count'"):
         scalar.set_as(3)
 
 
 def test_flat_index_into_a_slice(k):
     tile = k.ub("tile", (4, 64))
-    with refused("index", "a whole tensor when it is indexed by one flat index"):
+    with expect_error("index", "a whole tensor when it is indexed by one flat index"):
         tile[1:3, 0:16][5]
 
 
 @pytest.mark.parametrize("index", [(4, 0), (0, 64), (slice(2, 2), 0), (-1, 0)])
 def test_index_out_of_range(k, index):
     tile = k.ub("tile", (4, 64))
-    with refused("index", "indexed inside its extent"):
+    with expect_error("index", "indexed inside its extent"):
         tile[index]
 
 
 def test_reshape_of_a_two_dimensional_slice(k):
     tile = k.ub("tile", (4, 64))
-    with refused("index", "to be reshaped"):
+    with expect_error("index", "to be reshaped"):
         tile[1:2, :].reshape((64,))
-    with refused("index", "reshaped to 256 elements"):
+    with expect_error("index", "reshaped to 256 elements"):
         tile.reshape((255,))
 
 
 def test_reinterpretation_to_a_wider_type_needs_whole_elements(k):
-    with refused("index", "a multiple of 2 elements"):
+    with expect_error("index", "a multiple of 2 elements"):
         k.ub("tile", (5,)).reinterpret_cast_to(F32)
 
 
@@ -160,7 +162,7 @@ def test_python_if_on_a_run_time_value(k):
 def test_read_of_a_fresh_tensor(k):
     a, b = k.ub("a"), k.ub("b")
     k.t.vec_abs(128, b, a, 8, 8, 8)
-    with refused("uninitialized", "element \\(0, 0\\) of the part of 'a' it reads"):
+    with expect_error("uninitialized", "element \\(0, 0\\) of the part of 'a' it reads"):
         k.store(b)
 
 
@@ -171,7 +173,7 @@ def test_contents_do_not_survive_an_iteration(k):
         with k.t.if_scope(i == 0):
             k.t.vec_dup(128, a, 1, 8, 8)
         k.t.vec_add(128, total, total, a, 8, 8, 8, 8)
-    with refused("uninitialized", "'src1'"):
+    with expect_error("uninitialized", "'src1'"):
         k.store(total)
 
 
@@ -182,20 +184,20 @@ def test_copies_carry_the_mark(k):
     k.t.data_move(b, level1, 0, 1, 64, 0, 0)
     k.t.vec_abs(128, b, b, 4, 8, 8)
     k.t.vec_abs(128, b[512], b[512], 4, 8, 8)
-    with refused("uninitialized", "part of 'b'"):
+    with expect_error("uninitialized", "part of 'b'"):
         k.store(b)
 
 
 def test_output_not_written_in_full(k):
     out, a = k.gm("out", (1024,), output=True), k.filled()
     k.t.data_move(out, a, 0, 1, 63, 0, 0)
-    with refused("uninitialized", "'out' must be written in full by the program, but got element 1008"):
+    with expect_error("uninitialized", "'out' must be written in full by the program, but got element 1008"):
         k.run()
 
 
 def test_output_that_nothing_writes(k):
     k.gm("out", output=True)
-    with refused("build", "'out' must be written by the program"):
+    with expect_error("build", "'out' must be written by the program"):
         k.run()
 
 
@@ -203,7 +205,7 @@ def test_scalar_read_of_a_fresh_tensor(k):
     a = k.ub("a", dtype=S32)
     value = k.t.Scalar(S32, "value")
     value.set_as(a[3])
-    with refused("uninitialized", "'load_scalar'"):
+    with expect_error("uninitialized", "'load_scalar'"):
         k.store(k.filled("b"))
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.tik_misuse import F16, F32, S32, Kernel, cores, refused
+from support.tik_misuse import F16, F32, S32, Kernel, cores, expect_error
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 
@@ -15,19 +15,19 @@ def k():
 # --- scalars ---------------------------------------------------------------------------------------
 def test_scalars_of_different_kinds(k):
     value = k.t.Scalar(F32, "value", 1.5)
-    with refused("dtype", "of the Scalar's kind \\(int32\\)"):
+    with expect_error("dtype", "of the Scalar's kind \\(int32\\)"):
         k.t.Scalar(S32, "count").set_as(value)
-    with refused("dtype", "of dtype float16"):
+    with expect_error("dtype", "of dtype float16"):
         k.t.Scalar(F16, "half").set_as(value)
 
 
 def test_scalar_from_a_tensor_of_another_dtype(k):
-    with refused("dtype", "of the Scalar's dtype int32"):
+    with expect_error("dtype", "of the Scalar's dtype int32"):
         k.t.Scalar(S32, "count").set_as(k.filled()[0])
 
 
 def test_scalar_from_gm(k):
-    with refused("scope", "reads and writes tensors in UB only"):
+    with expect_error("scope", "reads and writes tensors in UB only"):
         k.t.Scalar(F16, "value").set_as(k.gm("x")[0])
 
 
@@ -36,7 +36,7 @@ def test_run_time_arguments_are_checked_when_they_occur(k):
     count = k.t.Scalar(S32, "count", 255)
     count.set_as(count + 1)
     k.t.vec_abs(128, a, a, count, 8, 8)
-    with refused("range", "'repeat_times' must be in 1..255, but got 256"):
+    with expect_error("range", "'repeat_times' must be in 1..255, but got 256"):
         k.store(a)
 
 
@@ -62,56 +62,58 @@ def test_repeat_zero_at_run_time_does_nothing(k):
     ],
 )
 def test_for_range_arguments(k, arguments, rule, words):
-    with refused(rule, words):
+    with expect_error(rule, words):
         with k.t.for_range(**arguments):
             pass
 
 
 def test_one_multicore_loop_and_not_nested(k):
-    with refused("loop", "outside every other scope"):
+    with expect_error("loop", "outside every other scope"):
         with k.t.for_range(0, 2):
             with k.t.for_range(0, 2, block_num=2):
                 pass
     with k.t.for_range(0, 2, block_num=2):
         pass
-    with refused("loop", "used by one loop"):
+    with expect_error("loop", "used by one loop"):
         with k.t.for_range(0, 2, block_num=2):
             pass
 
 
 def test_else_without_if(k):
-    with refused("branch", "directly after if_scope or elif_scope"):
+    with expect_error("branch", "directly after if_scope or elif_scope"):
         with k.t.else_scope():
             pass
     with k.t.if_scope(True):
         pass
     with k.t.else_scope():
         pass
-    with refused("branch", "directly after"):
+    with expect_error("branch", "directly after"):
         with k.t.elif_scope(True):
             pass
 
 
 def test_condition_that_is_no_comparison(k):
     count = k.t.Scalar(S32, "count", 1)
-    with refused("type", "a comparison of ints"):
+    with expect_error("type", "a comparison of ints"):
         with k.t.if_scope(count):
             pass
 
 
 def test_scopes_opened_and_not_entered(k):
     arms = k.t.if_scope(True)
-    with refused("scope", "'if_scope', 'scope' must be entered by `with` before the next call, but got elif_scope"):
+    with expect_error(
+        "scope", "'if_scope', 'scope' must be entered by `with` before the next call, but got elif_scope"
+    ):
         k.t.elif_scope(True)
     with arms:
         pass
     k.t.for_range(0, 2)
-    with refused("scope", "'for_range', 'scope'.*got another call before that"):
+    with expect_error("scope", "'for_range', 'scope'.*got another call before that"):
         k.ub()
 
 
 def test_break_outside_a_loop(k):
-    with refused("loop", "'position' must be inside for_range"):
+    with expect_error("loop", "'position' must be inside for_range"):
         k.t.tik_break()
 
 
@@ -127,7 +129,7 @@ def test_too_many_statements(k):
     assert k.t.report["warnings"]["ir"] == 1
     for _ in range(80000 - k.t.report["ir"]):
         statement(None)
-    with refused("ir", "at most 80000, but got 80001"):
+    with expect_error("ir", "at most 80000, but got 80001"):
         k.t.vec_abs(128, a, a, 1, 8, 8)
 
 
@@ -139,7 +141,9 @@ def test_two_cores_write_one_byte(k):
         a = k.filled("a", (48,))
         k.t.data_move(out[core * 16], a, 0, 1, 3, 0, 0)
 
-    with refused("race", "'dst' must be in GM bytes that no other core has used, but got core . and core . on 'out'"):
+    with expect_error(
+        "race", "'dst' must be in GM bytes that no other core has used, but got core . and core . on 'out'"
+    ):
         cores(k, 2, body)
 
 
@@ -154,7 +158,7 @@ def test_one_core_reads_what_another_writes_in_any_order(seed):
         with k.t.if_scope(core == 3):
             k.t.data_move(b, out, 0, 1, 1, 0, 0)
 
-    with refused("race", "on 'out'"):
+    with expect_error("race", "on 'out'"):
         cores(k, 4, body)
 
 
@@ -193,13 +197,13 @@ def test_atomic_add_after_one_core_cleared():
         k.t.data_move(out, a, 0, 1, 8, 0, 0)
         k.t.set_atomic_add(0)
 
-    with refused("race", "core 1 and core 0 on 'out'"):
+    with expect_error("race", "core 1 and core 0 on 'out'"):
         cores(k, 2, body)
 
 
 def test_local_tensor_declared_outside_the_core_loop(k):
     a = k.filled("a")
-    with refused("multicore", "'a' declared outside"):
+    with expect_error("multicore", "'a' declared outside"):
         with k.t.for_range(0, 2, block_num=2):
             k.t.vec_abs(128, a, a, 8, 8, 8)
 
@@ -207,13 +211,13 @@ def test_local_tensor_declared_outside_the_core_loop(k):
 def test_store_outside_the_core_loop(k):
     out, a = k.gm("out", (1024,), output=True), k.filled()
     k.t.data_move(out, a, 0, 1, 64, 0, 0)
-    with refused("race", "written by every core"):
+    with expect_error("race", "written by every core"):
         cores(k, 2, lambda core: None)
 
 
 # --- atomic add ------------------------------------------------------------------------------------
 def test_atomic_mode_of_another_chip(k):
-    with refused("atomic", "'mode' must be 0 \\(off\\) or 1 \\(float32\\) on 910A, but got 2"):
+    with expect_error("atomic", "'mode' must be 0 \\(off\\) or 1 \\(float32\\) on 910A, but got 2"):
         k.t.set_atomic_add(2)
 
 
@@ -221,7 +225,7 @@ def test_atomic_add_left_on(k):
     out, a = k.gm("out", (512,), F32, output=True, is_atomic_add=True), k.filled("a", (512,), F32)
     k.t.set_atomic_add(1)
     k.t.data_move(out, a, 0, 1, 64, 0, 0)
-    with refused("atomic", "0 at the end of the program"):
+    with expect_error("atomic", "0 at the end of the program"):
         k.run()
 
 
@@ -229,7 +233,7 @@ def test_atomic_add_of_float16(k):
     out, a = k.gm("out", (1024,), output=True, is_atomic_add=True), k.filled()
     k.t.set_atomic_add(1)
     k.t.data_move(out, a, 0, 1, 64, 0, 0)
-    with refused("atomic", "'dst' must be float32 while atomic add is on"):
+    with expect_error("atomic", "'dst' must be float32 while atomic add is on"):
         k.run()
 
 
@@ -240,7 +244,7 @@ def test_atomic_add_onto_undefined_memory():
         k.t.set_atomic_add(1)
         k.t.data_move(out, a, 0, 1, 64, 0, 0)
         k.t.set_atomic_add(0)
-        with refused("uninitialized", "'dst' must be cleared before the first atomic add"):
+        with expect_error("uninitialized", "'dst' must be cleared before the first atomic add"):
             k.run()
 
 
@@ -250,7 +254,7 @@ def test_dependence_between_pipes_without_synchronisation(k):
     with k.t.new_stmt_scope(disable_sync=True):
         k.t.data_move(a, x, 0, 1, 64, 0, 0)
         k.t.vec_abs(128, a, a, 8, 8, 8)
-    with refused("sync", "'vec_abs', 'a|ub' must be synchronised.*vec_abs on V after data_move on MTE2"):
+    with expect_error("sync", "'vec_abs', 'a|ub' must be synchronised.*vec_abs on V after data_move on MTE2"):
         k.store(a)
 
 
@@ -267,9 +271,9 @@ def test_one_pipe_and_disjoint_ranges_need_no_synchronisation(k):
 def test_composite_call_and_nested_scope_without_synchronisation(k):
     a, b = k.filled("a"), k.ub("b")
     with k.t.new_stmt_scope(disable_sync=True):
-        with refused("sync", "'vec_reduce_add', 'scope' must be synchronised automatically"):
+        with expect_error("sync", "'vec_reduce_add', 'scope' must be synchronised automatically"):
             k.t.vec_reduce_add(128, b, a, b, 1, 8)
-        with refused("sync", "outside another one with disable_sync=True"):
+        with expect_error("sync", "outside another one with disable_sync=True"):
             with k.t.new_stmt_scope():
                 pass
 
@@ -278,30 +282,30 @@ def test_composite_call_and_nested_scope_without_synchronisation(k):
 def test_gm_tensor_that_is_no_argument(k):
     a = k.filled()
     k.t.Tensor(F16, (16,), name="stray", scope=k.tik.scope_gm)
-    with refused("build", "'stray' must be an input, an output or a workspace"):
+    with expect_error("build", "'stray' must be an input, an output or a workspace"):
         k.store(a)
 
 
 def test_workspace_listed_as_output(k):
     work = k.t.Tensor(F16, (1024,), name="work", scope=k.tik.scope_gm, is_workspace=True)
     k.t.data_move(work, k.filled(), 0, 1, 64, 0, 0)
-    with refused("workspace", "neither input nor output"):
+    with expect_error("workspace", "neither input nor output"):
         k.t.BuildCCE("kernel", [], [work])
 
 
 def test_tensor_that_is_input_and_output(k):
     x = k.gm("x")
-    with refused("build", "'x' must be listed once"):
+    with expect_error("build", "'x' must be listed once"):
         k.t.BuildCCE("kernel", [x], [x])
 
 
 def test_local_tensor_as_argument(k):
-    with refused("scope", "'ub' must be in GM"):
+    with expect_error("scope", "'ub' must be in GM"):
         k.t.BuildCCE("kernel", [], [k.filled()])
 
 
 def test_bad_kernel_name(k):
-    with refused("name", "'kernel_name' must be an identifier"):
+    with expect_error("name", "'kernel_name' must be an identifier"):
         k.t.BuildCCE("a-b", [], [])
 
 
@@ -319,12 +323,12 @@ def test_feed_dict(k, feed, words):
     k.t.data_move(a, x, 0, 1, 64, 0, 0)
     k.t.data_move(out, a, 0, 1, 64, 0, 0)
     k.t.BuildCCE("kernel", [x], [out])
-    with refused("feed", words):
+    with expect_error("feed", words):
         k.t.tikdb.start_debug(feed)
 
 
 def test_debugging_what_was_built_without_it(k):
-    with refused("build", "'program' must be built by BuildCCE"):
+    with expect_error("build", "'program' must be built by BuildCCE"):
         k.t.tikdb.start_debug({})
     t = k.tik.Tik(disable_debug=True)
     out = t.Tensor(F16, (16,), name="out", scope=k.tik.scope_gm)
@@ -332,14 +336,14 @@ def test_debugging_what_was_built_without_it(k):
     t.vec_dup(16, local, 0, 1, 8)
     t.data_move(out, local, 0, 1, 1, 0, 0)
     t.BuildCCE("kernel", [], [out])
-    with refused("build", "'disable_debug' must be False"):
+    with expect_error("build", "'disable_debug' must be False"):
         t.tikdb.start_debug({})
 
 
 def test_build_only():
     k = Kernel(execute=False)
     a = k.filled()
-    with refused("build", "'SimulatorParams.execute' must be True"):
+    with expect_error("build", "'SimulatorParams.execute' must be True"):
         k.store(a)
 
 
@@ -357,13 +361,13 @@ def test_hazards_become_warnings():
 def test_errors_stay_errors_without_strict():
     k = Kernel(strict=False)
     a = k.ub("a", (128,))
-    with refused("bounds", "inside 'a'"):
+    with expect_error("bounds", "inside 'a'"):
         k.t.vec_dup(128, a, 0, 2, 8)
-    with refused("capacity", "bytes left"):
+    with expect_error("capacity", "bytes left"):
         k.ub("b", (200000,))
     with k.t.new_stmt_scope():
         dead = k.ub("dead")
-    with refused("lifetime", "'dead'"):
+    with expect_error("lifetime", "'dead'"):
         k.t.vec_dup(128, dead, 0, 1, 8)
     out = k.gm("out", (64,), output=True)
 
@@ -371,5 +375,5 @@ def test_errors_stay_errors_without_strict():
         b = k.filled("b", (64,))
         k.t.data_move(out, b, 0, 1, 4, 0, 0)
 
-    with refused("race", "on 'out'"):
+    with expect_error("race", "on 'out'"):
         cores(k, 2, body)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.tik_misuse import F16, F32, S32, Kernel, refused
+from support.tik_misuse import F16, F32, S32, Kernel, expect_error
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 
@@ -16,52 +16,52 @@ def k():
 @pytest.mark.parametrize("repeat", [0, 256])
 def test_repeat_times_out_of_range(k, repeat):
     a = k.filled()
-    with refused("range", "'vec_add', 'repeat_times' must be in 1..255, but got {}".format(repeat)):
+    with expect_error("range", "'vec_add', 'repeat_times' must be in 1..255, but got {}".format(repeat)):
         k.t.vec_add(128, a, a, a, repeat, 8, 8, 8)
 
 
 @pytest.mark.parametrize("dtype, mask", [(F16, 129), (F16, 0), (F32, 65)])
 def test_mask_out_of_range(k, dtype, mask):
     a = k.filled(dtype=dtype)
-    with refused("range", "'mask' must be in 1..{}".format(128 if dtype == F16 else 64)):
+    with expect_error("range", "'mask' must be in 1..{}".format(128 if dtype == F16 else 64)):
         k.t.vec_abs(mask, a, a, 1, 8, 8)
 
 
 def test_mask_of_a_conversion_follows_the_wider_type(k):
     a, b = k.filled("a"), k.ub("b", dtype=F32)
-    with refused("range", "'mask' must be in 1..64"):
+    with expect_error("range", "'mask' must be in 1..64"):
         k.t.vec_conv(128, "none", b, a, 1, 8, 4)
 
 
 def test_bit_mask_of_zeros_and_beyond_the_lanes(k):
     a = k.filled(dtype=F32)
-    with refused("range", "set in at least one bit"):
+    with expect_error("range", "set in at least one bit"):
         k.t.vec_abs([0, 0], a, a, 1, 8, 8)
-    with refused("range", "within 64 lanes"):
+    with expect_error("range", "within 64 lanes"):
         k.t.vec_abs([1, 0], a, a, 1, 8, 8)
 
 
 def test_stride_out_of_range(k):
     a = k.filled()
-    with refused("range", "'src0_rep_stride' must be in 0..255, but got 256"):
+    with expect_error("range", "'src0_rep_stride' must be in 0..255, but got 256"):
         k.t.vec_add(128, a, a, a, 1, 8, 256, 8)
 
 
 def test_unaligned_start(k):
     a = k.filled()
-    with refused("alignment", "'src' must be at a multiple of 32 bytes, but got byte 16 of UB"):
+    with expect_error("alignment", "'src' must be at a multiple of 32 bytes, but got byte 16 of UB"):
         k.t.vec_abs(16, a, a[8], 1, 8, 8)
 
 
 def test_operand_outside_ub(k):
     a, c = k.filled(), k.local("scope_cbuf")
-    with refused("scope", "'dst' must be in UB"):
+    with expect_error("scope", "'dst' must be in UB"):
         k.t.vec_abs(16, c, a, 1, 8, 8)
 
 
 def test_access_beyond_the_tensor(k):
     a, b = k.filled(), k.ub("b", (256,))
-    with refused("bounds", "'dst' must be inside 'b' of 512 bytes, but got bytes 0..767"):
+    with expect_error("bounds", "'dst' must be inside 'b' of 512 bytes, but got bytes 0..767"):
         k.t.vec_abs(128, b, a, 3, 8, 8)
 
 
@@ -69,14 +69,14 @@ def test_the_mask_cuts_the_last_repeat(k):
     """The last repeat may end at the mask, inside the tensor."""
     a, b = k.filled(), k.ub("b", (2 * 128 + 16,))
     k.t.vec_abs(16, b, a, 3, 8, 8)
-    with refused("bounds", "inside 'b'"):
+    with expect_error("bounds", "inside 'b'"):
         k.t.vec_abs(32, b, a, 3, 8, 8)
 
 
 @pytest.mark.parametrize("call, dtype", [("vec_relu", F32), ("vec_not", F16), ("vec_abs", S32), ("vec_exp", S32)])
 def test_dtype_the_chip_does_not_have(k, call, dtype):
     a = k.ub(dtype=dtype)
-    with refused("dtype", "on 910A, but got \\({0}, {0}\\)".format(dtype)):
+    with expect_error("dtype", "on 910A, but got \\({0}, {0}\\)".format(dtype)):
         getattr(k.t, call)(16, a, a, 1, 8, 8)
 
 
@@ -84,18 +84,18 @@ def test_dtype_the_chip_does_not_have(k, call, dtype):
 def test_row_maximum_of_float32_blocks(soc):
     k = Kernel(soc)
     a, b = k.filled("a", dtype=F32), k.ub("b", dtype=F32)
-    with refused("dtype", "'vcgmax', 'dst, src' must be of dtypes \\(float16, float16\\)"):
+    with expect_error("dtype", "'vcgmax', 'dst, src' must be of dtypes \\(float16, float16\\)"):
         k.t.vcgmax(64, b, a, 1, 1, 1, 8)
 
 
 def test_round_mode_the_pair_does_not_have(k):
     a, b = k.ub("a", dtype=F32), k.ub("b")
-    with refused("dtype", "'round_mode' must be one of"):
+    with expect_error("dtype", "'round_mode' must be one of"):
         k.t.vec_conv(64, "round", b, a, 1, 4, 8)
 
 
 def test_call_of_another_chip(k):
-    with refused("absent", "'data_move_pad', 'chip' must be one that has it"):
+    with expect_error("absent", "'data_move_pad', 'chip' must be one that has it"):
         k.t.data_move_pad(None, None, 1, 1, 0, 0)
 
 
@@ -112,13 +112,13 @@ def test_wrong_arguments_show_the_signature(k):
 # --- overlap ---------------------------------------------------------------------------------------
 def test_partial_overlap_in_one_repeat(k):
     a = k.filled()
-    with refused("overlap", "'src' must be clear of 'dst', or identical to it, but got a part of 'ub'"):
+    with expect_error("overlap", "'src' must be clear of 'dst', or identical to it, but got a part of 'ub'"):
         k.t.vec_abs(128, a[64], a, 1, 8, 8)
 
 
 def test_destination_feeds_the_next_repeat(k):
     a = k.filled()
-    with refused("overlap", "that 'dst' writes in the next repeat"):
+    with expect_error("overlap", "that 'dst' writes in the next repeat"):
         k.t.vec_abs(128, a[128], a, 3, 8, 8)
 
 
@@ -137,25 +137,25 @@ def test_accumulation_over_repeats(k):
 
 def test_accumulation_needs_the_last_source(k):
     a, total = k.filled("a"), k.filled("total", (128,))
-    with refused("overlap", "writes in the next repeat"):
+    with expect_error("overlap", "writes in the next repeat"):
         k.t.vec_sub(128, total, total, a, 8, 0, 0, 8)
 
 
 def test_reduction_over_its_own_source(k):
     a = k.filled()
-    with refused("overlap", "'dst' must be clear of 'src'"):
+    with expect_error("overlap", "'dst' must be clear of 'src'"):
         k.t.vcadd(128, a, a, 2, 1, 1, 8)
 
 
 def test_transposition_partly_over_itself(k):
     a = k.filled()
-    with refused("overlap", "'src' must be clear of 'dst', or identical"):
+    with expect_error("overlap", "'src' must be clear of 'dst', or identical"):
         k.t.vec_trans(a[128], a, 1, 1, 1)
 
 
 def test_copy_over_itself(k):
     a = k.filled()
-    with refused("overlap", "overlapping bursts"):
+    with expect_error("overlap", "overlapping bursts"):
         k.t.data_move(a[16], a, 0, 1, 8, 0, 0)
     k.t.data_move(a[16], a, 0, 4, 1, 1, 1)  # interleaved, disjoint
 
@@ -164,20 +164,22 @@ def test_copy_over_itself(k):
 def test_work_tensor_too_small(k):
     a, b = k.filled("a", dtype=F32), k.ub("b", dtype=F32)
     work = k.ub("work", (255,), F32)
-    with refused("bounds", "'work_tensor' must be a tensor or slice t\\[k:\\].* of at least 256 elements, but got 255"):
+    with expect_error(
+        "bounds", "'work_tensor' must be a tensor or slice t\\[k:\\].* of at least 256 elements, but got 255"
+    ):
         k.t.vec_rec_high_preci(64, b, a, work, 2, 8, 8)
 
 
 def test_single_element_for_a_call_that_needs_a_range(k):
     a, b = k.filled("a", dtype=F32), k.ub("b", dtype=F32)
     work = k.ub("work", (1024,), F32)
-    with refused("bounds", "t\\[k:\\] \\(not t\\[k\\]\\)"):
+    with expect_error("bounds", "t\\[k:\\] \\(not t\\[k\\]\\)"):
         k.t.vec_rec_high_preci(64, b, a[64], work, 1, 8, 8)
 
 
 def test_work_tensor_of_another_dtype(k):
     a, b = k.filled("a"), k.ub("b")
-    with refused("dtype", "'work_tensor' must be of dtype float32"):
+    with expect_error("dtype", "'work_tensor' must be of dtype float32"):
         k.t.vec_rec_high_preci(128, b, a, k.ub("work", (4096,)), 1, 8, 8)
 
 
@@ -192,7 +194,9 @@ def test_undefined_results(k, call, value, event, dtype):
     a = k.ub("a", (64,), dtype)
     k.t.vec_dup(64, a, value, 1, 8)
     getattr(k.t, call)(64, a, a, 1, 8, 8)
-    with refused("undefined", "'{}', 'src' must be in the range where the result is defined.*{}".format(call, event)):
+    with expect_error(
+        "undefined", "'{}', 'src' must be in the range where the result is defined.*{}".format(call, event)
+    ):
         k.store(a)
 
 
@@ -200,7 +204,7 @@ def test_nan_from_infinities(k):
     a = k.ub("a", (64,), F32)
     k.t.vec_dup(64, a, float("inf"), 1, 8)
     k.t.vec_sub(64, a, a, a, 1, 8, 8, 8)
-    with refused("undefined", "invalid value"):
+    with expect_error("undefined", "invalid value"):
         k.store(a)
 
 
@@ -223,11 +227,11 @@ def test_reciprocal_stress_error():
 # --- h_* -------------------------------------------------------------------------------------------
 def test_high_level_broadcasting(k):
     a, b = k.ub("a", (4, 16)), k.ub("b", (1, 16))
-    with refused("shape", "'src1' must be of dst's shape \\(4, 16\\) \\(no broadcasting\\), but got \\(1, 16\\)"):
+    with expect_error("shape", "'src1' must be of dst's shape \\(4, 16\\) \\(no broadcasting\\), but got \\(1, 16\\)"):
         k.t.h_add(a, a, b)
 
 
 def test_high_level_unaligned_slice(k):
     a = k.ub("a", (4, 32))
-    with refused("alignment", "whole blocks of 16 elements"):
+    with expect_error("alignment", "whole blocks of 16 elements"):
         k.t.h_exp(a[0:4, 0:8], a[0:4, 0:8])

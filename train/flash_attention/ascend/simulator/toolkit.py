@@ -37,7 +37,7 @@ class Toolkit:
         self.chip, self.soc = chip_of(soc_version), soc_version
 
     def soc_spec(self, key):
-        """A figure of the chip: one of {keys}.
+        """A figure of the chip by one of the keys of chips.SPEC_KEYS.
 
         Raises:
             RuntimeError: unknown key.
@@ -92,7 +92,10 @@ class Dprofile:
 
 @contextmanager
 def installed_as_tbe(params=None, soc="Ascend910A"):
-    """Make ``from tbe import tik`` (and ``te``, ``tbe.common.platform``, ``te.platform``) give the simulator.
+    """Make ``from tbe import tik`` give the simulator, and all else an operator's module imports from CANN importable.
+
+    That is tbe, te, their ``tik`` and ``platform``, and tbe.common.register and tbe.common.utils.para_check, whose
+    decorators change nothing.
 
     Args:
         params, soc: as for :class:`Toolkit`.
@@ -115,13 +118,45 @@ def installed_as_tbe(params=None, soc="Ascend910A"):
                 sys.modules[name] = module
 
 
+# Parameter kinds of tbe.common.utils.para_check that operators name in decorators.
+_PARAMETER_KINDS = tuple(
+    "{}_{}".format(need, kind)
+    for need in ("REQUIRED", "OPTION", "DYNAMIC")
+    for kind in ("INPUT", "OUTPUT") + tuple("ATTR_" + kind for kind in (
+        "INT", "FLOAT", "STR", "BOOL", "TYPE", "LIST_INT", "LIST_FLOAT", "LIST_BOOL", "LIST_LIST_INT"))
+) + ("KERNEL_NAME",)  # fmt: skip
+
+
+def _pass_through(*_arguments, **_keywords):
+    """A decorator factory whose decorators change nothing: what registration means is the vendor's compiler's."""
+    return lambda function: function
+
+
+def _registration_modules():
+    """tbe.common.register and tbe.common.utils, as far as an operator's entry function names them."""
+    register = types.ModuleType("tbe.common.register", "Registration decorators that change nothing.")
+    register.register_op_compute = register.register_operator = _pass_through
+    para_check = types.ModuleType("tbe.common.utils.para_check", "Parameter checks that accept everything.")
+    para_check.check_op_params = _pass_through
+    for kind in _PARAMETER_KINDS:
+        setattr(para_check, kind, kind.lower())
+    return {"tbe.common.register": register, "tbe.common.utils.para_check": para_check}
+
+
 def _modules(toolkit):
     """name -> module of everything installed."""
     modules = {"tbe.tik": toolkit.tik, "te.tik": toolkit.tik}
     modules.update({"tbe.common.platform": toolkit.platform, "te.platform": toolkit.platform})
     for name in ("tbe.common.platform.platform_info", "te.platform.cce_conf", "te.platform.cce_params"):
         modules[name] = toolkit.platform
-    for name, children in (("tbe.common", ("platform",)), ("tbe", ("tik", "common")), ("te", ("tik", "platform"))):
+    modules.update(_registration_modules())
+    packages = (
+        ("tbe.common.utils", ("para_check",)),
+        ("tbe.common", ("platform", "register", "utils")),
+        ("tbe", ("tik", "common")),
+        ("te", ("tik", "platform")),
+    )
+    for name, children in packages:
         package = types.ModuleType(name, "Stand-in of flash_attention's simulator.")
         package.__path__ = []  # a package, so that submodules can be imported from it
         for child in children:
