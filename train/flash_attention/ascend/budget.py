@@ -162,14 +162,16 @@ def preferred_tile(spec):
 def choose_tiles(spec, chip=ASCEND_910A):
     """The :class:`~flash_attention.ascend.geometry.KernelTiles` of a spec.
 
-    The tile of the spec's strategy, halved until its buffers fit. Two query tiles are resident when every core gets
-    two; that halves key and value traffic and lets cube and vector unit work at the same time.
+    The tile of the spec's strategy, halved until its buffers fit. Two query tiles are resident, so that cube and vector
+    unit work at the same time: whole ones where every core gets two, which halves key and value traffic, else the two
+    halves of one.
     """
     wanted = get_strategy(spec.tiling).tiles(spec, preferred_tile(spec))
     q, kv = round_up(wanted.q), round_up(wanted.kv)
+    if spec.batch * spec.heads * -(-spec.q_len // q) < 2 * chip.cores:
+        q = round_up(q // 2)
     while True:
-        q_tiles = -(-spec.q_len // q)
-        resident = 2 if q_tiles > 1 and spec.batch * spec.heads * q_tiles >= 2 * chip.cores else 1
+        resident = 2 if spec.q_len > q else 1
         tiles = fit_groups(spec, KernelTiles(q, kv, resident, q // FRACTAL), chip)
         if tiles is not None:
             return tiles

@@ -8,6 +8,8 @@ the next, and they are initialised when the task starts, whichever key tile is v
 Shapes: Br queries and Bc keys a tile, D head size padded to 16, q1 groups of 16 queries.
 """
 
+import contextlib
+
 from flash_attention.ascend.budget import forward_buffers
 from flash_attention.ascend.program import Program
 from flash_attention.ascend.signature import forward_signature
@@ -155,7 +157,7 @@ class _QueryTile:
         }
 
     def _used_fields(self):
-        used = {"first", "stop"}
+        used = {"first", "stop"} if self.tiles.resident > 1 else set()
         used |= {"low_stop"} if self.geometry.bounded_below else set()
         used |= {"high_first"} if self.geometry.bounded_above else set()
         used |= {"before_stop", "after_first"} if self.spec.alibi_shape is not None else set()
@@ -163,11 +165,15 @@ class _QueryTile:
         return used
 
     def exists(self):
-        """Branch: the tile is not beyond the last one (a head with an odd number of tiles)."""
+        """Branch where a head has an odd number of tiles: the tile is not beyond the last one."""
+        if self.geometry.q_tiles % self.tiles.resident == 0:
+            return contextlib.nullcontext()
         return self.api.if_scope(self.tile < self.geometry.q_tiles)
 
     def visits(self, key_tile):
-        """Branch: this tile visits ``key_tile``, not only the task's other tile."""
+        """Branch where tiles share key tiles: this one visits ``key_tile``, not only the task's other one."""
+        if self.tiles.resident == 1:
+            return contextlib.nullcontext()
         return self.api.if_scope(self.kernel.tik_all(key_tile >= self.field["first"], key_tile < self.field["stop"]))
 
     # --- places -----------------------------------------------------------------------------------

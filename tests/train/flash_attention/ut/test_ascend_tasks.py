@@ -154,11 +154,12 @@ def test_chosen_tiles_fit_every_head_size(strategy, extra, chip):
         assert tiles.q % 16 == tiles.kv % 16 == tiles.q // 16 % tiles.groups == 0
 
 
-def test_two_query_tiles_are_resident_where_every_core_has_two():
+def test_two_query_tiles_are_resident_or_two_halves():
     assert choose_tiles(make_spec(4096, 4096, 128, heads=(4, 8, 8))) == KernelTiles(128, 256, 2, 2)
     assert choose_tiles(make_spec(4096, 4096, 256, heads=(4, 8, 8))) == KernelTiles(64, 256, 2, 2)
     assert choose_tiles(make_spec(4096, 4096, 128, heads=(4, 8, 8), tiling="sparse")) == KernelTiles(128, 128, 2, 4)
-    assert choose_tiles(make_spec(1024, 1024, 128)).resident == 1
+    assert choose_tiles(make_spec(1024, 1024, 128, tiling="sparse")) == KernelTiles(64, 128, 2, 4)
+    assert choose_tiles(make_spec(1, 1024, 128)).resident == 1
 
 
 def test_narrow_windows_get_short_tiles():

@@ -75,9 +75,11 @@ class Cube:
         stack = left if isinstance(left, list) else [left]
         m, (k, n) = sum(part.shape[0] for part in stack), right.shape
         k1 = k // FRACTAL
-        step = max(1, min(k1, HALF_BYTES // (2 * FRACTAL * max(m, n))))
-        for first in range(0, k1, step):
-            count = min(step, k1 - first)
+        most = max(1, HALF_BYTES // (2 * FRACTAL * max(m, n)))  # fractals of k that fit
+        chunks = -(-k1 // most)
+        for chunk in range(chunks):
+            first = chunk * k1 // chunks
+            count = (chunk + 1) * k1 // chunks - first
             l0a, l0b = self._left[self._turn], self._right[self._turn]
             self._turn = 1 - self._turn
             at = 0
