@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import tik_kernels, tik_programs, tik_programs_moves
 
-from flash_attention.ascend.simulator import SimulatorParams, Toolkit, installed_as_tbe
+from flash_attention.ascend.simulator import SimulatorError, SimulatorParams, Toolkit, installed_as_tbe
 from flash_attention.ascend.simulator.chips import CHIPS, Rates
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
@@ -274,8 +274,11 @@ def test_counting_gives_the_trace_of_a_run():
     tik_kernels.check_matmul_chain(toolkit.tik)
     program = toolkit.programs[-1]
     assert list(program.count()) == list(program.trace)
-    cube = [record.cycles for record in program.trace if record.pipe == "M"]
-    assert cube == [2 * 4 * 3, 2 * 3 * 5]
+    cube = [record for record in program.trace if record.pipe == "M"]
+    assert [record.cycles for record in cube] == [2 * 4 * 3, 2 * 3 * 5]
+    first = [record for record in program.trace if record.line == cube[0].line]
+    assert [(record.pipe, record.part) for record in first] == [("MTE1", 0), ("MTE1", 1), ("M", 2)]
+    assert [[span.name for span in record.reads + record.writes] for record in first] == [["a_l1"], ["b_l1"], ["first"]]
 
 
 def test_counting_one_core_of_a_shape_too_large_to_simulate():
@@ -291,6 +294,35 @@ def test_counting_one_core_of_a_shape_too_large_to_simulate():
     trace = t.count(cores=[5])
     assert list(trace.cores) == [5] and len(trace) == 128
     assert trace.cycles()["MTE2"] == 64 * -(-(1 << 15) // CHIPS[0].rates.gm_read)
+
+
+def test_counting_executes_what_leads_to_scalars():
+    """Loop bounds from a table in GM, moved to UB and added up there; the data itself is never needed."""
+    tik = Toolkit().tik
+    t = tik.Tik()
+    table = t.Tensor("int32", (4, 8), name="table", scope=tik.scope_gm)
+    x = t.Tensor("float16", (16,), name="x", scope=tik.scope_gm)
+    y = t.Tensor("float16", (16,), name="y", scope=tik.scope_gm)
+    rows = t.InputScalar("int32", "rows")
+    local = t.Tensor("int32", (8,), name="local", scope=tik.scope_ubuf)
+    tile = t.Tensor("float16", (16,), name="tile", scope=tik.scope_ubuf)
+    stop = t.Scalar("int32", "stop")
+    t.data_move(tile, x, 0, 1, 1, 0, 0)
+    with t.for_range(0, rows) as row:
+        t.data_move(local, table[row, 0], 0, 1, 1, 0, 0)
+        t.vec_add(8, local, local, local, 1, 8, 8, 8)
+        stop.set_as(local[1])
+        with t.for_range(0, stop):
+            t.vec_adds(16, tile, tile, 1.0, 1, 8, 8)
+    t.data_move(y, tile, 0, 1, 1, 0, 0)
+    t.BuildCCE("bounds", [table, x, rows], [y])
+    bounds = np.arange(32, dtype=np.int32).reshape(4, 8) // 8
+    trace = t.count({"table": bounds, "rows": 3})
+    assert [record.name for record in trace].count("vec_adds") == 2 * (0 + 1 + 2)
+    with pytest.raises(
+        SimulatorError, match="'count', 'feed_dict' must be of keys \\['rows', 'table'\\], but got \\['rows'\\]"
+    ):
+        t.count({"rows": 3})
 
 
 # --- speed ----------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class SyncCheck:
 
 def bind(machine, statement, plan, parities):
     """The closure that executes ``plan``; ``parities``: register index -> copy used by doubled buffers."""
-    steps = [_execution(machine, statement, plan)] if machine.execute else []
+    steps = [_execution(machine, statement, plan)] if machine.executes(statement) else []
     wanted = machine.trace is not None or statement.block.no_sync
     if wanted and plan.costs:
         steps.append(_recording(machine, statement, plan, parities))
@@ -48,16 +48,20 @@ def bind(machine, statement, plan, parities):
 
 
 def _recording(machine, statement, plan, parities):
-    def spans(accesses):
+    def spans(accesses, operands):
         return tuple(
-            span(access, parities.get(getattr(access.buffer.thread_loop, "index", None))) for access in accesses
+            span(access, parities.get(getattr(access.buffer.thread_loop, "index", None)))
+            for access in accesses
+            if operands is None or access.operand in operands
         )
 
-    reads, writes = spans(plan.reads), spans(plan.writes)
     records = [
-        TraceRecord(statement.row.name, cost.pipe, cost.cycles, cost.bytes, statement.line, reads, writes)
-        for cost in plan.costs
-    ]
+        TraceRecord(
+            statement.row.name, cost.pipe, cost.cycles, cost.bytes, statement.line, part,
+            spans(plan.reads, cost.operands), spans(plan.writes, cost.operands),
+        )
+        for part, cost in enumerate(plan.costs)
+    ]  # fmt: skip
 
     def run():
         if statement.block.no_sync:

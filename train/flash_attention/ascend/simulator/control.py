@@ -210,15 +210,15 @@ def check_run(program, disable_debug):
         program.violation("build", "start_debug", "SimulatorParams.execute", "True", False)
 
 
-def check_feed(program, inputs, feed_dict):
+def check_feed(program, inputs, feed_dict, call="start_debug"):
     """Keys, shapes and dtypes of what start_debug is given."""
     names = {item.name for item in inputs}
     if set(feed_dict) != names:
-        program.violation("feed", "start_debug", "feed_dict", "of keys {}".format(sorted(names)), sorted(feed_dict))
+        program.violation("feed", call, "feed_dict", "of keys {}".format(sorted(names)), sorted(feed_dict))
     for item in inputs:
         if isinstance(item, Tensor):
             value = feed_dict[item.name]
             got = (getattr(value, "shape", None), str(getattr(value, "dtype", None)))
             if got != (item.origin_shape, item.dtype):
                 need = "of shape {} and dtype {}".format(item.origin_shape, item.dtype)
-                program.violation("feed", "start_debug", item.name, need, "{} {}".format(*got))
+                program.violation("feed", call, item.name, need, "{} {}".format(*got))

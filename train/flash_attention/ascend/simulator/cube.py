@@ -48,7 +48,7 @@ def _product(call, m, k, n, accumulate, transpose_b):
     ``transpose_b``: b is shown as (n, k). The device accumulates in fp32; the order of its sum is unknown.
     """
 
-    def kernel(c, a, b):
+    def kernel(c, a, b, *_old):  # an accumulator is among the reads too
         wide = np.float32 if a.dtype == np.float16 else np.float64  # 8-bit products are exact in float64
         left = _matrix(a)[:m, :k].astype(wide)
         right = _matrix(b)[:n, :k].astype(wide).T if transpose_b else _matrix(b)[:k, :n].astype(wide)
@@ -67,7 +67,7 @@ def _product(call, m, k, n, accumulate, transpose_b):
             outside[:m, :n] = False
             c[outside.reshape(c.shape)] = np.nan if c.dtype.kind == "f" else -1
 
-    def shadow(c, a, b):
+    def shadow(c, a, b, *_old):
         operands = [(a, m, k), (b, n, k) if transpose_b else (b, k, n)] + ([(c, m, n)] if accumulate else [])
         wrong = None
         for view, rows, columns in operands:
@@ -109,7 +109,7 @@ def mmad(call, dst, a, b, m, k, n, is_bias, fm_offset=0, en_weight_offset=False,
     right = _tile("b", call, b, _fractals(n, 16, k, k0), ("c1", "r1", "r0", "c0"))  # nZ, seen as (n, k)
     target = _tile("dst", call, dst, _fractals(m, 16, n, 16), ("c1", "r1", "r0", "c0"))  # zN
     kernel, shadow = _product(call, m, k, n, accumulate, transpose_b=True)
-    reads = [left, right]
+    reads = [left, right, target] if accumulate else [left, right]
     return Plan(reads, [target], kernel, [cube_cost(call, m, k, n, k0)], shadow=shadow)
 
 
@@ -143,14 +143,13 @@ def matmul(call, dst, a, b, m, k, n, init_l1out=True, bias=None):
     right = _tile("b", call, b, _fractals(n, 16, k, k0), ("c1", "r1", "r0", "c0"))
     target = _tile("dst", call, dst, _fractals(m, 16, n, 16), ("c1", "r1", "r0", "c0"))
     kernel, shadow = _product(call, m, k, n, not init_l1out, transpose_b=True)
-    loads = [
-        Cost("MTE1", -(-access_bytes // rate), access_bytes)
-        for access_bytes, rate in (
-            (round_up(m, 16) * round_up(k, k0) * a.itemsize, call.rates.l1_to_l0a),
-            (round_up(n, 16) * round_up(k, k0) * b.itemsize, call.rates.l1_to_l0b),
-        )
-    ]
-    return Plan([left, right], [target], kernel, loads + [cube_cost(call, m, k, n, k0)], shadow=shadow)
+    costs = []
+    for operand, address, rows, rate in (("a", a, m, call.rates.l1_to_l0a), ("b", b, n, call.rates.l1_to_l0b)):
+        size = round_up(rows, 16) * round_up(k, k0) * address.itemsize
+        costs.append(Cost("MTE1", -(-size // rate), size, (operand,)))
+    costs.append(cube_cost(call, m, k, n, k0)._replace(operands=("dst",)))
+    reads = [left, right] if init_l1out else [left, right, target]
+    return Plan(reads, [target], kernel, costs, shadow=shadow)
 
 
 @instruction(
@@ -189,7 +188,8 @@ def fixpipe(call, dst, src, cburst_num, burst_len, dst_stride, src_stride, exten
     read, written = cburst_num * rows * 16 * src.itemsize, cburst_num * narrow
     costs = [Cost("V", -(-read // call.rates.l0c_to_ub), read)]
     if dst.scope == GM:
-        costs.append(Cost("MTE3", -(-written // call.rates.gm_write), written))
+        costs = [costs[0]._replace(operands=("src",))]
+        costs.append(Cost("MTE3", -(-written // call.rates.gm_write), written, ("dst",)))
     return Plan([source], [target], kernel, costs)
 
 

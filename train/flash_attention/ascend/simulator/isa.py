@@ -18,7 +18,9 @@ from .tensor import Address
 # Pipes: M cube, V vector, MTE1 out of L1, MTE2 out of GM, MTE3 out of UB, S scalar.
 PIPES = ("MTE1", "MTE2", "MTE3", "M", "V", "S")
 
-Cost = namedtuple("Cost", "pipe cycles bytes")
+# operands: names of those it touches, for one step of a composite call; None = all.
+Cost = namedtuple("Cost", "pipe cycles bytes operands")
+Cost.__new__.__defaults__ = (None,)
 
 
 class Instruction(NamedTuple):

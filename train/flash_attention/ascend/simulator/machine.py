@@ -37,13 +37,19 @@ _JUMPS = {"break": _Break, "continue": _Continue, "return": _Return}
 
 
 class Machine:
-    """One run of a program. ``execute=False`` walks control flow and records the trace without touching data."""
+    """One run of a program.
 
-    def __init__(self, program, execute=True, trace=False, cores=None):
-        self.program, self.params, self.execute = program, program.params, execute
+    Args:
+        trace: record a Trace.
+        only: frozenset of buffers; statements that write none of them are recorded, not executed. None = execute all.
+        cores: numbers of the cores to run; None = all.
+    """
+
+    def __init__(self, program, trace=False, only=None, cores=None):
+        self.program, self.params, self.only = program, program.params, only
         self.registers = [0] * len(program.registers)
         self.trace = Trace() if trace else None
-        self.cores = None if cores is None else frozenset(cores)  # those to run; None = all
+        self.cores = None if cores is None else frozenset(cores)
         self.records = None  # the current core's list
         self.core = 0  # 1-based while several cores run
         self.atomic = 0
@@ -52,8 +58,7 @@ class Machine:
         self.sync = SyncCheck()
         self.floating = set()  # numpy's floating-point events of the current instruction
         self.random = np.random.RandomState(self.params.random_seed)
-        if execute:
-            self._allocate()
+        self._allocate()
         self.run_body = self.block(program.root)
 
     # --- memory ---------------------------------------------------------------------------------
@@ -64,11 +69,26 @@ class Machine:
             self.fill = self.random.randint(0, 255, largest + 64).astype(np.uint8)
         storage = Storage(self.program.chip.capacity, self.fill)
         for buffer in self.program.buffers:
+            if not self._holds(buffer):
+                continue
             if buffer.scope == GM:
                 storage.attach_global(buffer)
                 buffer.tracked = buffer in self.program.written and self.program.multicore_line is not None
             else:
                 storage.attach_local(buffer)
+
+    def _holds(self, buffer):
+        return self.only is None or buffer in self.only
+
+    def executes(self, statement):
+        """False for a statement that a count only records."""
+        return self.only is None or not statement.targets or not self.only.isdisjoint(statement.targets)
+
+    def feed(self, buffer, value):
+        """The contents of a GM tensor before the run."""
+        buffer.data[: buffer.size] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        buffer.shadow[: buffer.size] = 0xFF
+        buffer.clean = True
 
     # --- whole runs -----------------------------------------------------------------------------
     def run(self):
@@ -113,7 +133,7 @@ class Machine:
         return run
 
     def declare(self, item):
-        if not self.execute:
+        if not self._holds(item.buffer):
             return None
         poison, fill = item.buffer.poison, self.fill
         return lambda: poison(fill)
@@ -186,10 +206,8 @@ class Machine:
 
     def _shared_local_memory(self, body):
         """Copies of local tensors declared before the core loop: each core has memory of its own."""
-        if not self.execute:
-            return []
         alive = [buffer for buffer in self.program.buffers
-                 if buffer.scope != GM and not buffer.block.multicore]  # fmt: skip
+                 if buffer.scope != GM and not buffer.block.multicore and self._holds(buffer)]  # fmt: skip
         return [(buffer, buffer.data.copy(), buffer.shadow.copy()) for buffer in alive]
 
     def branch(self, item):

@@ -86,6 +86,7 @@ class Statement:
 
     Attributes:
         values: Exprs evaluated each time, in the order ``arguments(key)`` takes them.
+        targets, sources: sets of the buffers behind destination and other arguments.
         doubled: registers of thread_num=2 loops whose parity selects the copy a buffer uses.
     """
 
@@ -96,8 +97,11 @@ class Statement:
             self._makers[name] = self._maker(value)
         dynamic = frozenset(name for name, value in arguments.items() if _mentions_run_time(value))
         self.call = Call(row, line, program, dynamic)
-        leaves = [leaf for value in arguments.values() for leaf in _leaves(value) if isinstance(leaf, Tensor)]
-        loops = {leaf.buffer.thread_loop for leaf in leaves if leaf.buffer.thread_loop is not None}
+        self.targets, self.sources = set(), set()
+        for name, value in arguments.items():
+            side = self.targets if name.startswith("dst") else self.sources
+            side.update(leaf.buffer for leaf in _leaves(value) if isinstance(leaf, Tensor))
+        loops = {buffer.thread_loop for buffer in self.targets | self.sources if buffer.thread_loop is not None}
         self.doubled = sorted(register.index for register in loops)
         self.plan = None
         if not self.values:
@@ -296,9 +300,8 @@ class Program:
                 self.check_alive(leaf, name, operand)
                 if isinstance(leaf, Tensor):
                     self._check_multicore(leaf.buffer, name, operand)
-                    if leaf.buffer.scope == GM and operand.startswith("dst"):
-                        self.written.add(leaf.buffer)
         statement = Statement(row, bound.arguments, self.block, caller_line(), self)
+        self.written.update(buffer for buffer in statement.targets if buffer.scope == GM)
         if statement.plan is None:
             self._check_first_iteration(statement)
         self.append(statement, row.ir)

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 import numpy as np
 
 from . import control, cube, highlevel, layout, move, precise, reduce, select, vector  # noqa: F401  (they fill the table)
-from .chips import GM, SCOPE_STRINGS
+from .chips import SCOPE_STRINGS
 from .errors import SimulatorError, caller_line
 from .expr import FLOATS, INTEGERS, Arithmetic, Expr, as_expr, convert_scalar, is_dynamic
 from .isa import ABSENT, INSTRUCTIONS
 from .machine import Machine
 from .program import Assign, Branch, Jump, Loop, Nested, Program
+from .slicing import scalar_sources
 from .tensor import Tensor
 
 
@@ -257,20 +258,22 @@ class Tik:
         control.check_run(program, self.disable_debug)
         inputs, outputs = program.built
         control.check_feed(program, inputs, feed_dict)
-        machine = Machine(program, execute=True, trace=self.params.trace)
-        for item in inputs:
-            value = feed_dict[item.name]
-            if isinstance(item, Scalar):
-                machine.registers[item.register.index] = convert_scalar(value, item.dtype)
-            else:
-                _fill(item.buffer, value)
+        machine = Machine(program, trace=self.params.trace)
+        self._feed(machine, feed_dict)
         for buffer in program.buffers:
-            if buffer.is_atomic_add and self.params.network_launch and buffer.scope == GM:
-                buffer.data[: buffer.size] = 0
-                buffer.shadow[: buffer.size] = 0xFF
+            if buffer.is_atomic_add and self.params.network_launch:
+                machine.feed(buffer, np.zeros(buffer.size, np.uint8))
         machine.run()
         self.trace, self.instructions = machine.trace, machine.instructions
         return [self._result(tensor) for tensor in outputs]
+
+    def _feed(self, machine, feed_dict):
+        """Put the given inputs into the registers and the memory that the machine has."""
+        for item in self.program.built[0]:
+            if item.name in feed_dict and isinstance(item, Scalar):
+                machine.registers[item.register.index] = convert_scalar(feed_dict[item.name], item.dtype)
+            elif item.name in feed_dict and item.buffer.data is not None:
+                machine.feed(item.buffer, feed_dict[item.name])
 
     def _result(self, tensor):
         buffer = tensor.buffer
@@ -284,20 +287,22 @@ class Tik:
             )  # fmt: skip
         return buffer.data[: buffer.size].view(tensor.dtype).reshape(tensor.origin_shape).copy()
 
-    def count(self, scalars=None, cores=None):
-        """Walk the built program without data.
+    def count(self, feed_dict=None, cores=None):
+        """Walk the built program without data: the Trace a run would leave, for shapes too large to run.
 
         Args:
-            scalars: InputScalar name -> value.
+            feed_dict: values of the InputScalars, and arrays of the inputs from which Scalars are loaded (tables of
+                loop bounds and offsets); only what leads to Scalars is executed.
             cores: numbers of the cores to walk; None = all.
-
-        Returns:
-            its Trace. Loads of Scalars from tensors have no value here and are an error.
         """
-        control.check_built(self.program)
-        machine = Machine(self.program, execute=False, trace=True, cores=cores)
-        for scalar in self._scalars:
-            machine.registers[scalar.register.index] = convert_scalar((scalars or {})[scalar.name], scalar.dtype)
+        program = self.program
+        control.check_built(program)
+        only = scalar_sources(program)
+        inputs, feed_dict = program.built[0], feed_dict or {}
+        needed = [item for item in inputs if isinstance(item, Scalar) or item.buffer in only]
+        control.check_feed(program, needed, feed_dict, "count")
+        machine = Machine(program, trace=True, only=only, cores=cores)
+        self._feed(machine, feed_dict)
         machine.run()
         return machine.trace
 
@@ -313,13 +318,6 @@ class Tik:
             "peak": dict(program.allocator.peak),
             "instructions": self.instructions,
         }
-
-
-def _fill(buffer, value):
-    data = np.ascontiguousarray(value)
-    buffer.data[: buffer.size] = data.reshape(-1).view(np.uint8)
-    buffer.shadow[: buffer.size] = 0xFF
-    buffer.clean = True
 
 
 def _method(row):

@@ -21,6 +21,7 @@ class TraceRecord(NamedTuple):
         cycles: busy cycles of that pipe, by the instruction's cost function.
         bytes: bytes moved or processed.
         line: ``file:line`` of the kernel.
+        part: 0, or the step of a composite call: it starts after the step before it.
         reads, writes: address ranges; those of tensors in a thread_num=2 loop alternate between their two copies.
             Instructions depend on each other exactly where such ranges overlap, in program order.
     """
@@ -30,6 +31,7 @@ class TraceRecord(NamedTuple):
     cycles: int
     bytes: int
     line: str
+    part: int
     reads: Tuple[Span, ...]
     writes: Tuple[Span, ...]
 
