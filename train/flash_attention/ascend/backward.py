@@ -175,46 +175,43 @@ class _Backward:
     # --- global memory ----------------------------------------------------------------------------
     def _load_keys(self, key, value, kv_head, key_tile):
         """A tile of K and of V with their extra columns to L1; rows beyond the last one are zero."""
-        geometry, keys = self.geometry, self.tiles.kv
-        start = kv_head * (geometry.depth * geometry.kv_rows) + key_tile * (keys * 16)
+        geometry, keys, depth = self.geometry, self.tiles.kv, self.geometry.depth
+        start = kv_head * (depth * geometry.kv_rows) + key_tile * (keys * 16)
 
         def load(rows):
             for dst, name in ((key, "key"), (value, "value")):
                 extra = Place(self.gm["key_columns"], key_tile * (keys * 16))
-                self._load_tile(Place(dst), Place(self.gm[name], start), extra, geometry.kv_rows, keys, rows)
+                self._load_tile(
+                    Place(dst), Place(self.gm[name], start), extra, Rows(depth, geometry.kv_rows, keys, rows)
+                )
 
         self.program.with_tail(key_tile, geometry.kv_tiles, keys, geometry.kv_tail, load)
 
     def _load_queries(self, query, d_out, head, q_tile):
         """A tile of Q and of dO with their extra columns to L1, piece after piece; missing rows are zero."""
         geometry, rows = self.geometry, self.rows
-        row = q_tile * self.tiles.q
+        queries = geometry.q_tiles * self.tiles.q
 
         def load(existing):
             for number, (dst, name) in enumerate(((query, "query"), (d_out, "d_out"))):
                 for piece in range(geometry.pieces):
-                    src = head * (geometry.depth * geometry.q_rows) + (row + piece * rows) * 16
-                    extra = ((head * 2 + number) * geometry.q_rows + row + piece * rows) * 16
-                    self._load_tile(
-                        Place(dst, piece * rows * self.columns),
-                        Place(self.gm[name], src),
-                        Place(self.gm["query_columns"], extra),
-                        geometry.q_rows,
-                        rows,
-                        max(0, min(rows, existing - piece * rows)),
-                    )
+                    row = q_tile * self.tiles.q + piece * rows
+                    size = Rows(geometry.depth, geometry.q_rows, rows, max(0, min(rows, existing - piece * rows)))
+                    target = Place(dst, piece * rows * self.columns)
+                    source = Place(self.gm[name], head * (geometry.depth * geometry.q_rows) + row * 16)
+                    extra = Place(self.gm["query_columns"], ((head * 2 + number) * queries + row) * 16)
+                    self._load_tile(target, source, extra, size)
 
         self.program.with_tail(q_tile, geometry.q_tiles, self.tiles.q, geometry.q_tail, load)
 
-    def _load_tile(self, dst, src, extra, total, tile, rows):
-        """``rows`` rows of a head and of its extra columns; the others of the tile become zero."""
-        depth = self.geometry.depth
-        if rows:
-            layout.load_rows(self.api, dst, src, Rows(depth, total, tile, rows))
-            columns = dst._replace(offset=dst.offset + tile * depth)
-            layout.load_rows(self.api, columns, extra, Rows(FRACTAL, total, tile, rows))
-        if rows < tile:
-            layout.clear_rows(self.api, dst, self.local["zeros"], Rows(self.columns, total, tile, rows))
+    def _load_tile(self, dst, src, extra, size):
+        """Rows of a head and extra columns of the whole tile; rows of the tile that the head has not are zero."""
+        if size.rows:
+            layout.load_rows(self.api, dst, src, size)
+        if size.rows < size.tile:  # what was there before could be NaN, and 0 * NaN is not 0
+            layout.clear_rows(self.api, dst, self.local["zeros"], size)
+        columns = Place(dst.tensor, dst.offset + size.tile * size.columns)
+        layout.copy(self.api, columns, extra, size.tile * FRACTAL)
 
     def _store(self, name, offset, kv_head, key_tile, factor):
         """A key tile's gradient from L0C to global memory, as far as its rows exist."""

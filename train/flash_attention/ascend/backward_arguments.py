@@ -16,12 +16,10 @@ from flash_attention.ascend.tasks import CORE_FIELDS, TILE_FIELDS
 COARSE = 256.0
 """Unit of the first of a statistic's three fp16 parts: they reach 256 * 65504 and resolve 2**-33 of the value."""
 LARGEST = 65504.0
-HIDE = 60000.0
-"""What lowers every product of a key that does not exist, before the scale: its P is exactly 0."""
+HIDING = 3
+"""The extra column that lowers all scores of a key that does not exist by COARSE * LARGEST, before the scale."""
 DEAD = 2.0**23
 """Stands for the LSE of a query that sees no key, times the scale: its exponents saturate, P is exactly 0."""
-SCALE_RANGE = (2.0**-10, 2.0**10)
-"""Scales (of either sign) with which differences ``q k - lse / scale`` keep their meaning in fp16."""
 
 
 def backward_signature(geometry, cores):
@@ -35,14 +33,14 @@ def backward_signature(geometry, cores):
     depth = geometry.depth // FRACTAL
     q_shape = (spec.batch, spec.heads, depth, geometry.q_rows // FRACTAL, FRACTAL, FRACTAL)
     kv_shape = (spec.batch, spec.kv_heads, depth, geometry.kv_rows // FRACTAL, FRACTAL, FRACTAL)
-    columns = (geometry.heads, 2, geometry.q_rows, FRACTAL)
+    queries, keys = geometry.q_tiles * geometry.tiles.q, geometry.kv_tiles * geometry.tiles.kv
     inputs = [
         GmTensor("query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
         GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
         GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
         GmTensor("d_out", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
-        GmTensor("query_columns", "float16", columns, "extra columns of query and of d_out"),
-        GmTensor("key_columns", "float16", (geometry.kv_rows, FRACTAL), "extra columns of key and value"),
+        GmTensor("query_columns", "float16", (geometry.heads, 2, queries, FRACTAL), "extra columns of query and d_out"),
+        GmTensor("key_columns", "float16", (keys, FRACTAL), "extra columns of key and value"),
     ]
     if spec.mask_shape is not None:
         inputs.append(GmTensor("mask", "float16", mask_axes(geometry), "tiles: 0 = keep, -65504 = discard"))
@@ -53,12 +51,11 @@ def backward_signature(geometry, cores):
     if spec.dropout_rate:
         full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
         inputs.append(GmTensor("keep", "uint8", tile_axes(geometry, full), "tiles: 1 = keep, 0 = drop"))
-        inputs.append(
-            GmTensor("minus_delta", "float16", (geometry.heads, geometry.q_tiles * geometry.tiles.q), "-delta")
-        )
+        inputs.append(GmTensor("minus_delta", "float16", (geometry.heads, queries), "-delta"))
     if needs_positions(spec):
-        shape = (BOUND_ROWS, geometry.q_tiles * geometry.tiles.q)
-        inputs.append(GmTensor("bounds", "float32", shape, "first visible key, last visible key, position"))
+        inputs.append(
+            GmTensor("bounds", "float32", (BOUND_ROWS, queries), "first visible key, last visible key, position")
+        )
     inputs.append(GmTensor("key_tasks", "int32", (geometry.kv_tiles, 8), "tasks.key_tasks"))
     inputs.append(GmTensor("tiles", "int32", (geometry.q_tiles, len(TILE_FIELDS)), "tasks.query_tiles"))
     inputs.append(GmTensor("cores", "int32", (cores, CORE_FIELDS), "tasks.split of the key and of the query tiles"))
@@ -99,23 +96,28 @@ def row_statistics(spec, out, lse, d_out, d_lse):
 
 
 def pack_query_columns(geometry, subtrahends):
-    """fp16 (B * N, 2, padded Sq, 16): three parts of what is subtracted, negated, and the query's ONE."""
+    """fp16 (B * N, 2, queries of whole tiles, 16): three parts of what is subtracted, negated, HIDING and ONE.
+
+    Queries that do not exist are dead: whatever is added to their scores, P is 0.
+    """
     spec = geometry.spec
-    packed = np.zeros((geometry.heads, 2, geometry.q_rows, FRACTAL), np.float16)
+    packed = np.zeros((geometry.heads, 2, geometry.q_tiles * geometry.tiles.q, FRACTAL), np.float16)
+    packed[:, 0, :, :3] = parts(-DEAD / spec.scale)
     for number, subtrahend in enumerate(subtrahends):
         packed[:, number, : spec.q_len, :3] = parts(-subtrahend.reshape(geometry.heads, -1))
-    packed[:, 0, : spec.q_len, ONE] = 1.0
+    packed[:, 0, :, HIDING] = COARSE
+    packed[:, 0, :, ONE] = 1.0
     return packed
 
 
 def pack_key_columns(geometry):
-    """fp16 (padded Sk, 16): the parts' units and KEY_SUMS where a key exists, what meets ONE and hides it where not."""
+    """fp16 (keys of whole tiles, 16): where a key exists the parts' units and KEY_SUMS, else what hides it."""
     spec = geometry.spec
-    packed = np.zeros((geometry.kv_rows, FRACTAL), np.float16)
+    packed = np.zeros((geometry.kv_tiles * geometry.tiles.kv, FRACTAL), np.float16)
     index = np.arange(spec.kv_len)
     packed[: spec.kv_len, :3] = COARSE, 1.0, 1.0
     packed[: spec.kv_len, KEY_SUMS] = np.stack([np.ones_like(index), index // KEY_UNIT, index % KEY_UNIT], axis=1)
-    packed[spec.kv_len :, ONE] = -HIDE if spec.scale > 0 else HIDE
+    packed[spec.kv_len :, HIDING] = -LARGEST if spec.scale > 0 else LARGEST
     return packed
 
 

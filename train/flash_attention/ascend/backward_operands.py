@@ -12,8 +12,8 @@ from flash_attention.ascend.tile_ops.layout import Place
 from flash_attention.ascend.tile_ops.matmul import FRACTAL, Operand
 from flash_attention.ascend.tile_ops.vector import HALF_LANES, Lanes, fill
 
-ONE = 3
-"""The query's extra column that is 1: what multiplies dS to sum over the queries."""
+ONE = 7
+"""The query's extra column that is 1, for sums of dS over the queries; the key's is 0."""
 KEY_SUMS = (4, 5, 6)
 """The key's extra columns that dS is summed with for the slopes: 1, key // KEY_UNIT, key % KEY_UNIT, exact in fp16."""
 KEY_UNIT = 2048

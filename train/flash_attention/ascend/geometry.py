@@ -11,7 +11,8 @@ from flash_attention.core.spec import AttentionSpec
 FRACTAL = 16
 """Rows and columns of the cube's 16 x 16 fractal: lengths and head sizes are padded to multiples of it."""
 
-_SCALE_RANGE = (2.0**-10, 2.0**10)
+SCALE_RANGE = (2.0**-10, 2.0**10)
+"""Scales with which unscaled products keep hidden scores, and small differences, apart."""
 
 
 def round_up(x, unit=FRACTAL):
@@ -116,7 +117,7 @@ class Geometry:
         scores would not stay apart from real ones.
         """
         added = self.spec.bias_shape is not None or self.spec.alibi_shape is not None
-        return not added and _SCALE_RANGE[0] <= self.spec.scale <= _SCALE_RANGE[1]
+        return not added and SCALE_RANGE[0] <= self.spec.scale <= SCALE_RANGE[1]
 
     def plan(self, cores=1):
         """The :class:`~flash_attention.core.plan.TilePlan` at these tiles."""

@@ -1,7 +1,9 @@
 """What the Ascend 910 kernels take: one ``supports`` for the device and for the simulator."""
 
+from flash_attention.ascend.backward_arguments import backward_signature
+from flash_attention.ascend.backward_budget import choose_backward_tiles
 from flash_attention.ascend.budget import choose_tiles
-from flash_attention.ascend.geometry import Geometry
+from flash_attention.ascend.geometry import SCALE_RANGE, Geometry
 from flash_attention.ascend.signature import forward_signature
 from flash_attention.core.errors import Reason
 
@@ -31,6 +33,9 @@ def supports(spec):
         if getattr(spec, field):
             need = "an int" if field == "dynamic_offset" else "None"
             return Reason(argument, "a tensor", need, _REMEDY)
+    if not SCALE_RANGE[0] <= abs(spec.scale) <= SCALE_RANGE[1]:
+        need = "of a magnitude between {} and {}".format(*SCALE_RANGE)
+        return Reason("scale", spec.scale, need, _REMEDY)
     if spec.soft_cap is not None:
         return Reason("logits_soft_cap", spec.soft_cap, "None", _REMEDY)
     if min(spec.batch, spec.q_len, spec.kv_len) < 0:
@@ -43,7 +48,8 @@ def _sizes(spec):
     if longest > LENGTH_LIMIT:
         return Reason("q_len and kv_len", longest, "at most {} tokens".format(LENGTH_LIMIT), _REMEDY)
     inputs, outputs = forward_signature(Geometry(spec, choose_tiles(spec)), 1, True)
-    for argument in inputs + outputs:
+    more_inputs, more_outputs = backward_signature(Geometry(spec, choose_backward_tiles(spec)), 1)
+    for argument in inputs + outputs + more_inputs + more_outputs:
         elements = 1
         for size in argument.shape:
             elements *= size

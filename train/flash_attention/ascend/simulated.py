@@ -49,7 +49,7 @@ def run_forward(kernel, geometry, cores, query, key, value, operands):
 
 
 def backward(spec, saved, cotangents, tiles=None, chip=ASCEND_910A):
-    """Gradients of query, key, value (float16), bias, slopes (float32) and sinks; None for an absent operand.
+    """Gradients of query, key, value, bias, slopes and sinks, in the dtypes of these; None for an absent operand.
 
     Args:
         spec: :class:`~flash_attention.core.spec.AttentionSpec` in float16.
@@ -75,6 +75,8 @@ def run_backward(kernel, geometry, cores, saved, cotangents):
     )
     feed = pack_backward(geometry, cores, *arrays)
     grads = unpack_backward(geometry, host.run(kernel, feed))
+    if "bias" in grads:
+        grads["bias"] = grads["bias"].astype(operands.bias.dtype)
     return tuple(grads.get(name) for name in ("query", "key", "value", "bias", "slopes", "sinks"))
 
 

@@ -21,7 +21,7 @@ def supports(spec):
 
 ENGINE = Engine(
     "simulator",
-    hosted_engine("simulator", simulated.forward),
+    hosted_engine("simulator", simulated.forward, simulated.backward),
     supports,
     order=None,
     note="Ascend 910 kernels on the simulator",
