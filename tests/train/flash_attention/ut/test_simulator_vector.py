@@ -235,3 +235,12 @@ def test_high_level_unaligned_slice(k):
     a = k.ub("a", (4, 32))
     with expect_error("alignment", "whole blocks of 16 elements"):
         k.t.h_exp(a[0:4, 0:8], a[0:4, 0:8])
+
+
+def test_masked_lanes_of_a_reduction_are_not_saturated(k):
+    """They take part as -infinity, which is no result: nothing is counted."""
+    a, b = k.filled("a", (128,)), k.filled("b", (16,))
+    k.t.vcgmax(20, b, a, 1, 1, 1, 8)
+    k.t.vec_dup(16, b, -1.0, 1, 8)
+    k.store(b)
+    assert k.t.report["saturations"] == 0

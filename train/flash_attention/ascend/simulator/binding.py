@@ -117,6 +117,14 @@ def unwritten(call, view):
     )  # fmt: skip
 
 
+def require_written(machine, call, views):
+    """For effects: what :func:`_compute` does before a kernel."""
+    if machine.params.uninitialized == "raise":
+        for view in views:
+            if not view.written():
+                unwritten(call, view)
+
+
 def _compute(machine, statement, plan, writes, reads):
     kernel, arrays = plan.kernel, [view.data for view in writes + reads]
     checked = reads if machine.params.uninitialized == "raise" else ()

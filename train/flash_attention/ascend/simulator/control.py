@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .binding import unwritten
+from .binding import require_written
 from .chips import GM
 from .errors import caller_line
 from .expr import FLOATS, as_expr, is_dynamic
@@ -37,8 +37,7 @@ def load_scalar(call, dst, src):
     index, number = dst.index, float if src.dtype in FLOATS else int
 
     def effect(machine, statement, view):
-        if not view.written() and machine.params.uninitialized == "raise":
-            unwritten(call, view)
+        require_written(machine, call, [view])
         machine.registers[index] = number(view.data[()])
 
     return Plan([access], [], effect=effect, costs=[Cost("S", call.rates.scalar_access, access.dtype.itemsize)])

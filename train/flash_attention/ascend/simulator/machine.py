@@ -69,7 +69,7 @@ class Machine:
             self.fill = self.random.randint(0, 255, largest + 64).astype(np.uint8)
         storage = Storage(self.program.chip.capacity, self.fill)
         for buffer in self.program.buffers:
-            if not self._holds(buffer):
+            if not self.holds(buffer):
                 continue
             if buffer.scope == GM:
                 storage.attach_global(buffer)
@@ -77,7 +77,8 @@ class Machine:
             else:
                 storage.attach_local(buffer)
 
-    def _holds(self, buffer):
+    def holds(self, buffer):
+        """The run has this buffer's memory."""
         return self.only is None or buffer in self.only
 
     def executes(self, statement):
@@ -133,7 +134,7 @@ class Machine:
         return run
 
     def declare(self, item):
-        if not self._holds(item.buffer):
+        if not self.holds(item.buffer):
             return None
         poison, fill = item.buffer.poison, self.fill
         return lambda: poison(fill)
@@ -207,7 +208,7 @@ class Machine:
     def _shared_local_memory(self, body):
         """Copies of local tensors declared before the core loop: each core has memory of its own."""
         alive = [buffer for buffer in self.program.buffers
-                 if buffer.scope != GM and not buffer.block.multicore and self._holds(buffer)]  # fmt: skip
+                 if buffer.scope != GM and not buffer.block.multicore and self.holds(buffer)]  # fmt: skip
         return [(buffer, buffer.data.copy(), buffer.shadow.copy()) for buffer in alive]
 
     def branch(self, item):

@@ -19,12 +19,33 @@ def to_half(call, source, out):
     return 0
 
 
+def relu(x, out=None):
+    """max(x, 0)."""
+    return np.maximum(x, x.dtype.type(0), out=out)
+
+
+def reciprocal(x, out=None):
+    """1 / x."""
+    return np.divide(x.dtype.type(1), x, out=out)
+
+
+def inverse_root(x, out=None):
+    """1 / sqrt(x)."""
+    return np.divide(x.dtype.type(1), np.sqrt(x), out=out)
+
+
+SELECTING = (np.maximum, np.minimum, np.abs, relu)  # their result is one of their inputs: nothing to round
+
+
 def rounded(call, ufunc, undefined=False):
     """``ufunc`` over float16 arrays: computed in float32, rounded once to float16, exact for + - * / and roots.
 
     float32 has more than twice the digits of float16 plus two, so rounding twice equals rounding once.
     ``undefined``: a result out of range is an error, not a saturation.
     """
+
+    if ufunc in SELECTING:
+        return lambda out, *inputs: np.copyto(out, ufunc(*[x.astype(np.float32) for x in inputs]), casting="unsafe")
 
     def kernel(out, *inputs):
         result = ufunc(*[array.astype(np.float32) for array in inputs])

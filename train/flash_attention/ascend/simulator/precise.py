@@ -2,19 +2,12 @@
 
 import numpy as np
 
+from . import numerics
 from .geometry import Operand, lane_runs, lanes_of, repeat_count
 from .isa import NOTHING, register
 from .memory import BLOCK, round_up
 from .reduce import check_disjoint, work_area
 from .vector import F16, F32, LIMITS, check_strides, elementwise, kernel_for
-
-
-def _reciprocal(x, out=None):
-    return np.divide(x.dtype.type(1), x, out=out)
-
-
-def _inverse_root(x, out=None):
-    return np.divide(x.dtype.type(1), np.sqrt(x), out=out)
 
 
 def _source_extent(call, mask, src, repeats, src_rep_stride):
@@ -72,7 +65,7 @@ def _words(factors):
 
 
 _PAIR = [(F16, F16), (F32, F32)]
-_composite("vec_rec_high_preci", _reciprocal, F32, {F16: 4, F32: 2}, _source_extent, _PAIR, 12)
+_composite("vec_rec_high_preci", numerics.reciprocal, F32, {F16: 4, F32: 2}, _source_extent, _PAIR, 12)
 # The pages give 6 and 4 for the older 200/300/500 products; the training products' factors were not found [U].
-_composite("vec_rsqrt_high_preci", _inverse_root, F32, {F16: 6, F32: 4}, _source_extent, _PAIR, 20, "U")
+_composite("vec_rsqrt_high_preci", numerics.inverse_root, F32, {F16: 6, F32: 4}, _source_extent, _PAIR, 20, "U")
 _composite("vec_expm1_high_preci", np.expm1, F16, {F16: 11}, _expm1_extent, [(F16, F16)], 30)

@@ -6,7 +6,7 @@ Masked lanes take part as the neutral element. Sums are binary trees over all la
 import numpy as np
 
 from . import numerics
-from .binding import unwritten as unwritten_operand
+from .binding import require_written
 from .geometry import Operand, accesses, lane_runs, lanes_of, repeat_count, slots
 from .isa import NOTHING, Plan, register
 from .memory import BLOCK, Access
@@ -36,10 +36,10 @@ class Lanes:
         return values
 
 
-def check_disjoint(call, accesses_):
-    """No two of the accesses share a byte of their ranges."""
-    for i, left in enumerate(accesses_):
-        for right in accesses_[i + 1 :]:
+def check_disjoint(call, operands):
+    """No two of the Accesses share a byte of their ranges."""
+    for i, left in enumerate(operands):
+        for right in operands[i + 1 :]:
             if left.buffer is right.buffer and left.start < right.stop and right.start < left.stop:
                 call.fail("overlap", right.operand, "clear of '{}'".format(left.operand), "overlapping", hazard=True)
 
@@ -50,10 +50,7 @@ def _reduction(call, lanes, target, reduce, costs, work=None, unwritten=None):
 
     def effect(machine, statement, out, *views):
         sources = views[: len(lanes.slots)]
-        if machine.params.uninitialized == "raise":
-            for view in sources:
-                if not view.written():
-                    unwritten_operand(call, view)
+        require_written(machine, call, sources)
         result = reduce(lanes.gather([view.data for view in sources]))
         np.copyto(out.data, result)
         out.mark()

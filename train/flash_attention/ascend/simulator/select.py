@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .binding import unwritten
+from .binding import require_written
 from .geometry import Operand, accesses, check_overlap, lane_runs, lanes_of, repeat_count, slots
 from .isa import NOTHING, Plan, register
 from .memory import Access
@@ -93,9 +93,7 @@ def _select(call, mask, mode, dst, sel, src0, src1, repeat_times, dst_rep_stride
 
     def effect(machine, statement, *views):
         bit_view, count = views[-1], len(parts[0].pieces)
-        for view in views[count:]:
-            if machine.params.uninitialized == "raise" and not view.written():
-                unwritten(call, view)
+        require_written(machine, call, views[count:])
         chosen = np.unpackbits(bit_view.data.copy()).reshape(-1, lanes // 8, 8)[..., ::-1].reshape(-1, lanes)
         for k, (first, width) in enumerate(slots(parts[0], runs)):
             out, left = views[k], views[count + k]

@@ -272,7 +272,7 @@ class Tik:
         for item in self.program.built[0]:
             if item.name in feed_dict and isinstance(item, Scalar):
                 machine.registers[item.register.index] = convert_scalar(feed_dict[item.name], item.dtype)
-            elif item.name in feed_dict and item.buffer.data is not None:
+            elif item.name in feed_dict and machine.holds(item.buffer):
                 machine.feed(item.buffer, feed_dict[item.name])
 
     def _result(self, tensor):

@@ -86,29 +86,6 @@ def _unary_or_binary(name, low_name, count, ufunc, dtypes, slow=False, undefined
         register(low_name, plan, " ".join([head] + blocks + repeats), **row)
 
 
-def _reciprocal(x):
-    return np.divide(np.float32(1), x)
-
-
-def _inverse_root(x):
-    return np.divide(np.float32(1), np.sqrt(x))
-
-
-def _out(function):
-    """A ufunc-like with ``out``, from a function of arrays."""
-
-    def call(*inputs, out=None):
-        result = function(*inputs)
-        if out is None:
-            return result
-        np.copyto(out, result, casting="unsafe")
-        return out
-
-    return call
-
-
-relu = _out(lambda x: np.maximum(x, x.dtype.type(0)))
-
 # name, low-level name, sources, function, dtypes, options
 for _row in (
     ("vec_add", "vadd", 2, np.add, (F16, F32, S32), {"accumulates": True}),
@@ -121,10 +98,10 @@ for _row in (
     (None, "vdiv", 2, np.divide, (F16, F32), {"slow": True, "source": "C"}),
     ("vec_abs", "vabs", 1, np.abs, (F16, F32), {}),
     ("vec_not", "vnot", 1, np.invert, (U16, S16), {}),
-    ("vec_relu", "vrelu", 1, relu, (F16,), {}),
+    ("vec_relu", "vrelu", 1, numerics.relu, (F16,), {}),
     ("vec_exp", "vexp", 1, np.exp, (F16, F32), {"slow": True, "undefined": True}),
     ("vec_ln", "vln", 1, np.log, (F16, F32), {"slow": True, "undefined": True}),
-    ("vec_rsqrt", "vrsqrt", 1, _out(_inverse_root), (F16, F32), {"slow": True, "undefined": True}),
+    ("vec_rsqrt", "vrsqrt", 1, numerics.inverse_root, (F16, F32), {"slow": True, "undefined": True}),
     (None, "vsqrt", 1, np.sqrt, (F16, F32), {"slow": True, "undefined": True, "source": "C"}),
 ):
     _unary_or_binary(*_row[:5], **_row[5])
@@ -142,10 +119,11 @@ def _reciprocal_plan(
     error = call.program.params.reciprocal_error
     random = np.random.RandomState(call.program.params.random_seed)
 
-    def inexact(x):
-        return _reciprocal(x) * (1 + error * random.uniform(-1, 1, x.shape).astype(np.float32))
+    def inexact(x, out=None):
+        factor = 1 + error * random.uniform(-1, 1, x.shape).astype(np.float32)
+        return np.multiply(numerics.reciprocal(x), factor, out=out)
 
-    kernel, events = kernel_for(call, _out(inexact if error else _reciprocal), dtype, True)
+    kernel, events = kernel_for(call, inexact if error else numerics.reciprocal, dtype, True)
     return elementwise(call, mask, operands, repeat_times, kernel, slow=True, undefined=events)
 
 
