@@ -94,6 +94,17 @@ def test_round_mode_the_pair_does_not_have(k):
         k.t.vec_conv(64, "round", b, a, 1, 4, 8)
 
 
+def test_immediate_beyond_its_type(k):
+    a = k.ub()
+    with expect_error("range", "'vec_dup', 'scalar' must be within the range of float16, but got 70000"):
+        k.t.vec_dup(128, a, 70000.0, 1, 8)
+    with expect_error("type", "'scalar' must be a value of int32, but got 0.5"):
+        k.t.vec_dup(64, k.ub("b", dtype=S32), 0.5, 1, 8)
+    with expect_error("type", "'scalar' must be an immediate or a Scalar, but got '1'"):
+        k.t.vec_muls(128, a, a, "1", 1, 8, 8)
+    k.t.vec_dup(128, a, float("-inf"), 1, 8)
+
+
 def test_call_of_another_chip(k):
     with expect_error("absent", "'data_move_pad', 'chip' must be one that has it"):
         k.t.data_move_pad(None, None, 1, 1, 0, 0)

@@ -5,6 +5,7 @@ read and written, what numpy does with them, and what that costs. Plans of stati
 program is built; plans of run-time arguments are made when those values first occur, and kept.
 """
 
+import ast
 import inspect
 from collections import namedtuple
 from typing import Callable, Dict, NamedTuple, Tuple
@@ -60,7 +61,7 @@ def signature(text):
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return inspect.Signature(
         [
-            inspect.Parameter(name, kind, default=eval(default) if equals else inspect.Parameter.empty)
+            inspect.Parameter(name, kind, default=ast.literal_eval(default) if equals else inspect.Parameter.empty)
             for name, equals, default in names
         ]
     )
@@ -206,7 +207,10 @@ class Call:
                 self.fail("type", operand, "a value of {}".format(dtype), value)
             return np.dtype(dtype).type(int(value))
         with np.errstate(over="ignore"):
-            return np.dtype(dtype).type(value)
+            number = np.dtype(dtype).type(value)
+        if np.isinf(number) and not np.isinf(value):
+            self.fail("range", operand, "within the range of {}".format(dtype), value, hazard=True)
+        return number
 
 
 def table(chip=None):

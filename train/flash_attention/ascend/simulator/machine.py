@@ -81,6 +81,11 @@ class Machine:
         """The run has this buffer's memory."""
         return self.only is None or buffer in self.only
 
+    def release(self):
+        """Give up the memory: programs are kept and run again."""
+        for buffer in self.program.buffers:
+            buffer.attach(None, None)
+
     def executes(self, statement):
         """False for a statement that a count only records."""
         return self.only is None or not statement.targets or not self.only.isdisjoint(statement.targets)

@@ -205,7 +205,7 @@ class RaceDetector:
         foreign = reader[(reader != 0) & (reader != core)]
         others = (writer != 0) & (np.abs(writer) != core)
         if atomic:
-            adds = (writer <= 0) & (reader == 0)
+            adds = writer <= 0
             foreign = np.concatenate([foreign.ravel(), writer[others & ~adds].ravel()])
             writer[...] = np.where(writer == 0, -core, np.where(others & adds, self.SHARED, writer))
         else:

@@ -24,6 +24,8 @@ class Block:
         kind: "program", "for", "if" or "scope".
         statements: what it executes, in order.
         open: still being built; what was declared in it dies when it closes.
+
+    Inherited from the parent unless given to the constructor:
         no_sync: inside new_stmt_scope(disable_sync=True).
         thread_loop: register of the innermost enclosing thread_num=2 loop.
         multicore: this or an enclosing block is the body of a block_num loop.
@@ -31,12 +33,12 @@ class Block:
         copies: how often a statement in it counts for the IR limit.
     """
 
-    def __init__(self, kind, parent=None, **changes):
+    no_sync, thread_loop, multicore, certain, copies = False, None, False, True, 1
+
+    def __init__(self, kind, parent=None, **given):
         self.kind, self.parent, self.statements, self.open = kind, parent, [], True
-        for name, default in (
-            ("no_sync", False), ("thread_loop", None), ("multicore", False), ("certain", True), ("copies", 1),
-        ):  # fmt: skip
-            setattr(self, name, changes.get(name, getattr(parent, name) if parent else default))
+        for name in ("no_sync", "thread_loop", "multicore", "certain", "copies"):
+            setattr(self, name, given.get(name, getattr(parent or Block, name)))
 
 
 class Declare:
@@ -85,7 +87,7 @@ class Statement:
     """One instruction: its row, its arguments, and the plan where all of them are static.
 
     Attributes:
-        values: Exprs evaluated each time, in the order ``arguments(key)`` takes them.
+        values: Exprs evaluated each time, in the order ``make_plan`` takes them.
         targets, sources: sets of the buffers behind destination and other arguments.
         doubled: registers of thread_num=2 loops whose parity selects the copy a buffer uses.
     """
@@ -146,8 +148,7 @@ def _leaves(value):
     """Tensors and run-time values inside an argument."""
     if isinstance(value, (list, tuple)):
         for item in value:
-            for leaf in _leaves(item):
-                yield leaf
+            yield from _leaves(item)
     elif isinstance(value, (Tensor, Arithmetic)):
         yield value
 

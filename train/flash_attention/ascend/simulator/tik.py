@@ -126,6 +126,15 @@ class Tik:
         self._scalars = []
         toolkit.programs.append(self)
 
+    def __getattr__(self, name):
+        """Reached for names TIK does not have here: say why, or what was probably meant."""
+        if name in ABSENT:
+            need, got = "one that has it", self.program.chip.name
+            self.program.violation("absent", name, "chip", need, got, remedy=ABSENT[name] + ".")
+        near = difflib.get_close_matches(name, [key for key in dir(type(self)) if not key.startswith("_")], 3)
+        hint = ": did you mean {}?".format(", ".join(near)) if near else ""
+        raise AttributeError("'Tik' has no '{}' on the simulator{}".format(name, hint))
+
     # --- declarations ---------------------------------------------------------------------------
     def Tensor(self, dtype, shape, scope=None, name=None, enable_buffer_reuse=False, no_reuse_list=None,
                reuse_list=None, is_workspace=False, is_atomic_add=False, max_mem_size=None, init_value=None,
@@ -265,7 +274,9 @@ class Tik:
                 machine.feed(buffer, np.zeros(buffer.size, np.uint8))
         machine.run()
         self.trace, self.instructions = machine.trace, machine.instructions
-        return [self._result(tensor) for tensor in outputs]
+        results = [self._result(tensor) for tensor in outputs]
+        machine.release()
+        return results
 
     def _feed(self, machine, feed_dict):
         """Put the given inputs into the registers and the memory that the machine has."""
@@ -332,19 +343,3 @@ def _method(row):
 for _row in INSTRUCTIONS.values():
     if _row.name not in control.INTERNAL:
         setattr(Tik, _row.name, _method(_row))
-
-
-def _missing(self, name):
-    if name in ABSENT:
-        self.program.violation(
-            "absent", name, "chip", "one that has it", self.program.chip.name, remedy=ABSENT[name] + "."
-        )
-    near = difflib.get_close_matches(name, [key for key in dir(Tik) if not key.startswith("_")], 3)
-    raise AttributeError(
-        "'Tik' has no '{}' on the simulator{}".format(
-            name, ": did you mean {}?".format(", ".join(near)) if near else ""
-        )
-    )
-
-
-Tik.__getattr__ = _missing

@@ -65,8 +65,7 @@ class Trace:
     def __iter__(self):
         """All records, core after core."""
         for number in sorted(self.cores):
-            for record in self.cores[number]:
-                yield record
+            yield from self.cores[number]
 
     def __len__(self):
         return sum(len(records) for records in self.cores.values())
