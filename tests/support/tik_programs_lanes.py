@@ -68,6 +68,27 @@ for _dtype in (F16, F32):
     add("vec_reduce_add", vector_program(_dtype, _before, [_source], _sum, _want, 0))
 
 
+def _tree():
+    """Adjacent pairs first: 2048 + 1 would stay 2048 in float16, but 1 + 1 come together before."""
+    source, want = np.zeros(128, F16), np.zeros(16, F16)
+    source[0], source[2:4], want[0] = 2048, 1, 2050
+
+    def reduce(t, d, s):
+        work = t.Tensor(F16, (16,), name="work", scope=s.scope)
+        t.vec_reduce_add(128, d, s, work, 1, 8)
+
+    yield "vec_reduce_add", vector_program("order of the tree", np.zeros(16, F16), [source], reduce, want, 0)
+
+    def each(t, d, s):
+        t.vcadd(128, d, s, 1, 1, 1, 8)
+
+    yield "vcadd", vector_program("order of the tree", np.zeros(16, F16), [source], each, want, 0)
+
+
+for _name, _program in _tree():
+    add(_name, _program)
+
+
 def _extremes():
     source = np.random.RandomState(3).permutation(768).astype(F16)
     for low_name, name, best in (("vcmax", "vec_reduce_max", max), ("vcmin", "vec_reduce_min", min)):

@@ -67,6 +67,51 @@ _matrix_round_trip("tensor_mov", F16)
 _matrix_round_trip("data_move", F32)
 
 
+def _matrix_gaps(name, dtype):
+    """Two runs each way. UB -> L0C: 64-element gaps in UB, one fractal of gap in L0C; back with both gaps again."""
+    source, narrow = draw(F32, 1088, 19), dtype == F16
+    first, second = source[:512], source[576:1088]
+    gap = 128 if narrow else 64  # 8 blocks
+    want = np.zeros(1024 + gap, dtype)
+    want[:512], want[512 + gap :] = first, second
+
+    def body(t, tik, gm, out):
+        local = load(t, tik, gm["src0"], "local")
+        cube = t.Tensor(F32, (5 * 256,), name="cube", scope=tik.scope_cc)
+        result = t.Tensor(dtype, want.shape, name="result", scope=tik.scope_ubuf)
+        t.vec_dup(64, result, 0, want.size // 64, 8 if dtype == F32 else 4)
+        if name == "tensor_mov":
+            t.tensor_mov(cube, local, "m", 2, 2, 1, 8)
+            t.tensor_mov(result, cube, "m", 2, 2, 8, 1)
+        else:
+            t.data_move(cube, local, 0, 2, 2, 8, 1)
+            t.data_move(result, cube, 0, 2, 2, 1, 8)
+        store(t, out, result)
+
+    add(name, Program("gaps {}".format(dtype), {"src0": source}, body, want, 0))
+
+
+_matrix_gaps("tensor_mov", F32)
+_matrix_gaps("tensor_mov", F16)
+_matrix_gaps("data_move", F32)
+
+
+def _broadcast_gaps():
+    source = _halves_or_ints(F16)
+    want = np.concatenate([np.tile(source[16 * k : 16 * k + 16], 16) for k in (0, 2)])
+
+    def body(t, tik, gm, out):
+        local = load(t, tik, gm["src0"], "local")
+        cube = t.Tensor(F16, (1024,), name="cube", scope=tik.scope_cc)
+        result = t.Tensor(F16, (512,), name="result", scope=tik.scope_ubuf)
+        t.broadcast_ub_to_l0c(cube, local, 2, 1, 1, 2)
+        t.data_move(result, cube, 0, 1, 1, 0, 0)
+        t.data_move(result[256], cube[768], 0, 1, 1, 0, 0)
+        store(t, out, result)
+
+    return Program("gaps", {"src0": source}, body, want, 0)
+
+
 def _relu_move():
     source = draw(F32, 512, 17)
 
@@ -106,6 +151,7 @@ def _halves_or_ints(dtype):
 
 
 _broadcast()
+add("broadcast_ub_to_l0c", _broadcast_gaps())
 
 
 # --- the cube -------------------------------------------------------------------------------------

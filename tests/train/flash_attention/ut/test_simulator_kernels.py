@@ -169,6 +169,21 @@ def test_cores_have_memory_of_their_own():
     assert t.report["warnings"]["multicore"] >= 2
 
 
+def test_cores_have_registers_of_their_own():
+    tik = Toolkit().tik
+    t = tik.Tik()
+    out = t.Tensor("int32", (4, 8), name="out", scope=tik.scope_gm)
+    count = t.Scalar("int32", "count", 5)
+    with t.for_range(0, 4, block_num=4) as core:
+        local = t.Tensor("int32", (8,), name="local", scope=tik.scope_ubuf)
+        t.vec_dup(8, local, 0, 1, 8)
+        count.set_as(count + core)
+        local[0].set_as(count)
+        t.data_move(out[core, 0], local, 0, 1, 1, 0, 0)
+    t.BuildCCE("registers", [], [out])
+    assert t.tikdb.start_debug({})[0][:, 0].tolist() == [5, 6, 7, 8]
+
+
 # --- the modules ----------------------------------------------------------------------------------
 THIRD_PARTY = '''
 """An operator as third parties write them."""

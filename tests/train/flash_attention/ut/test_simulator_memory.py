@@ -214,3 +214,62 @@ def test_nan_instead_of_an_error():
     a, b = k.ub("a"), k.ub("b")
     k.t.vec_abs(128, b, a, 8, 8, 8)
     assert np.isnan(k.store(b)[0]).all()
+
+
+def test_an_undefined_copy_makes_a_defined_tensor_undefined(k):
+    fresh, b = k.ub("fresh"), k.filled("b")
+    for _ in range(4):  # by now the simulator knows that all of b is written
+        k.t.vec_abs(128, b, b, 8, 8, 8)
+    k.t.data_move(b[512:], fresh, 0, 1, 1, 0, 0)
+    k.t.vec_abs(128, b, b, 4, 8, 8)
+    k.t.vec_abs(128, b[512], b[512], 1, 8, 8)
+    with expect_error("uninitialized", "element \\(0, 0\\) of the part of 'b'"):
+        k.store(b)
+
+
+def test_an_undefined_conversion_makes_a_defined_tensor_undefined(k):
+    c, b = k.local("scope_cc", "c", (1024,), F32), k.filled("b")
+    for _ in range(4):
+        k.t.vec_abs(128, b, b, 8, 8, 8)
+    k.t.tensor_mov(b, c, "m", 1, 2, 0, 0)
+    k.t.vec_abs(128, b[512], b[512], 4, 8, 8)
+    k.t.vec_abs(128, b, b, 4, 8, 8)
+    with expect_error("uninitialized", "part of 'b'"):
+        k.store(b)
+
+
+def test_an_undefined_store_makes_an_output_undefined(k):
+    out, a, fresh = k.gm("out", output=True), k.filled("a"), k.ub("fresh", (16,))
+    k.t.data_move(out, a, 0, 1, 64, 0, 0)
+    k.t.data_move(out[32], fresh, 0, 1, 1, 0, 0)
+    with expect_error("uninitialized", "'out' must be written in full by the program, but got element 32"):
+        k.run()
+
+
+def test_undefined_rows_of_a_transposition_arrive_as_columns(k):
+    a, b = k.ub("a", (256,)), k.ub("b", (256,))
+    k.t.vec_dup(128, a, 1, 1, 8)  # rows 0..7 of 16
+    rows = [[x[16 * i] for i in range(16)] for x in (b, a)]
+    k.t.vec_trans_scatter(False, False, rows[0], rows[1], 1, 0, 0)
+    k.t.vec_abs(8, b, b, 16, 1, 1)
+    k.t.vec_abs([0, 0x100], b, b, 1, 1, 1)
+    with expect_error("uninitialized", "'vec_abs'.*element \\(0, 0\\)"):
+        k.store(b)
+
+
+def test_the_tail_behind_gm_is_undefined(k):
+    x, a = k.gm("x", (1000,)), k.ub()
+    k.t.data_move(a, x, 0, 1, 63, 0, 0)
+    k.t.vec_abs(104, a[896], a[896], 1, 8, 8)  # elements up to 999
+    k.t.vec_abs(112, a[896], a[896], 1, 8, 8)
+    with expect_error("uninitialized", "element \\(0, 104\\)"):
+        k.store(a)
+
+
+def test_accumulation_onto_an_undefined_product(k):
+    c, a, b = k.local("scope_cc", "c", (256,), F32), k.local("scope_cbuf", "a", (256,)), k.ub("b", (256,), F32)
+    k.t.data_move(a, k.filled("ones", (256,)), 0, 1, 16, 0, 0)
+    k.t.matmul(c, a, a, 16, 16, 16, init_l1out=False)
+    k.t.tensor_mov(b, c, "m", 1, 1, 0, 0)
+    with expect_error("uninitialized", "'matmul', 'dst'"):
+        k.store(b)
