@@ -9,7 +9,7 @@ from support.ascend import assert_kernel_matches, fp16_case, run_kernel
 from support.unvisited import CALLS, poisoned
 
 import tolerances
-from conformance import Case, make_inputs, run_naive, run_reference, tagged
+from conformance import Case, make_inputs, random_cases, run_naive, run_reference, tagged
 from flash_attention.ascend import host, simulated
 from flash_attention.ascend.budget import choose_tiles
 from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
@@ -48,6 +48,21 @@ def test_one_feature_at_a_time(case):
 @pytest.mark.parametrize("case", taken("primary", "pairwise", "long"), ids=str)
 def test_shared_grid(case):
     check(case)
+
+
+@pytest.mark.slow
+def test_random_calls():
+    """100 calls of any sizes and options, drawn by hypothesis; what the kernel does not take is left out."""
+    hypothesis = pytest.importorskip("hypothesis")
+
+    @hypothesis.seed(910)
+    @hypothesis.settings(max_examples=100, deadline=None, database=None,
+                         suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+    @hypothesis.given(random_cases().map(fp16_case).filter(lambda case: supports(case.spec) is None))
+    def run(case):
+        check(case)
+
+    run()
 
 
 # Small tiles make every way through the kernel short: several tiles and ragged ones on both sides, tasks with one tile
