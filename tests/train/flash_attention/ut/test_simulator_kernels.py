@@ -98,6 +98,18 @@ def test_break_continue_and_return():
     assert run_scalar_program(body) == [1, 1, 0, 1, 1] + [0] * 11
 
 
+def test_what_follows_a_jump_is_checked_when_it_executes():
+    """The first iteration leaves before the statement that would be out of bounds in it."""
+
+    def body(t, tik, cells):
+        with t.for_range(0, 3) as i:
+            with t.if_scope(i == 0):
+                t.tik_continue()
+            t.vec_dup(8, cells[i * 8 - 8], 1, 1, 8)
+
+    assert run_scalar_program(body) == [1] * 16
+
+
 def test_return_ends_one_core_only():
     tik = Toolkit().tik
     t = tik.Tik()

@@ -112,6 +112,12 @@ def test_scopes_opened_and_not_entered(k):
         k.ub()
 
 
+def test_break_out_of_the_core_loop(k):
+    with k.t.for_range(0, 2, block_num=2):
+        with expect_error("loop", "'position' must be inside a loop that runs on one core.*Use tik_return"):
+            k.t.tik_break()
+
+
 def test_break_outside_a_loop(k):
     with expect_error("loop", "'position' must be inside for_range"):
         k.t.tik_break()

@@ -147,6 +147,9 @@ def check_jump(program, kind):
         block = block.parent
     if block is None:
         program.violation("loop", "tik_" + kind, "position", "inside for_range", "outside every loop")
+    if block.multicore and not block.parent.multicore:
+        need = "inside a loop that runs on one core"
+        program.violation("loop", "tik_" + kind, "position", need, "the block_num loop", remedy="Use tik_return.")
 
 
 # --- building and running -------------------------------------------------------------------------

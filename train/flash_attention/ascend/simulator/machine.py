@@ -17,20 +17,16 @@ KEPT_PLANS = 1024  # plans of run-time arguments kept for each statement
 POISON = 0xFF
 
 
-class _Jump(Exception):
-    """A taken tik_break, tik_continue or tik_return."""
+class _Break(Exception):
+    """A taken tik_break."""
 
 
-class _Break(_Jump):
-    pass
+class _Continue(Exception):
+    """A taken tik_continue."""
 
 
-class _Continue(_Jump):
-    pass
-
-
-class _Return(_Jump):
-    pass
+class _Return(Exception):
+    """A taken tik_return."""
 
 
 _JUMPS = {"break": _Break, "continue": _Continue, "return": _Return}
@@ -52,7 +48,7 @@ class Machine:
         self.cores = None if cores is None else frozenset(cores)
         self.records = None  # the current core's list
         self.core = 0  # 1-based while several cores run
-        self.atomic = 0
+        self.atomic, self.atomic_line = 0, None  # the mode, and the line that set it
         self.instructions = 0
         self.races = RaceDetector()
         self.sync = SyncCheck()
@@ -190,7 +186,7 @@ class Machine:
             order = np.arange(item.cores)
             if self.params.core_order_seed is not None:
                 np.random.RandomState(self.params.core_order_seed).shuffle(order)
-            shared = self._shared_local_memory(item.body)
+            shared = self._shared_local_memory()
             before, atomic = list(registers), self.atomic
             for core in order.tolist():
                 if self.cores is not None and core not in self.cores:
@@ -210,7 +206,7 @@ class Machine:
 
         return run
 
-    def _shared_local_memory(self, body):
+    def _shared_local_memory(self):
         """Copies of local tensors declared before the core loop: each core has memory of its own."""
         alive = [buffer for buffer in self.program.buffers
                  if buffer.scope != GM and not buffer.block.multicore and self.holds(buffer)]  # fmt: skip

@@ -240,6 +240,10 @@ class Tik:
     def _jump(self, kind):
         control.check_jump(self.program, kind)
         self.program.append(Jump(kind))
+        block = self.program.block
+        while block is not None:  # what follows is not certain to execute
+            block.certain = False
+            block = None if block.kind == "for" and kind != "return" else block.parent
 
     def tik_break(self):
         """Leave the innermost for_range."""
