@@ -1,6 +1,7 @@
 """What the misuse tests of the simulator share: a program under construction, and the error it must end in."""
 
 import re
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -51,23 +52,14 @@ class Kernel:
         return self.run()
 
 
+@contextmanager
 def expect_error(rule, words):
-    """Expect a SimulatorError of `rule` whose text matches `words` and which names this file."""
-
-    class Refused:
-        def __enter__(self):
-            self.context = pytest.raises(SimulatorError, match=words)
-            self.info = self.context.__enter__()
-
-        def __exit__(self, *exception):
-            done = self.context.__exit__(*exception)
-            if done:
-                assert self.info.value.rule == rule, str(self.info.value)
-                assert re.search(r"(test_simulator_\w+|tik_misuse)\.py:\d+$", self.info.value.line)
-                assert self.info.value.line in str(self.info.value)
-            return done
-
-    return Refused()
+    """A SimulatorError of `rule` whose text matches `words` and names a line of these tests."""
+    with pytest.raises(SimulatorError, match=words) as caught:
+        yield
+    assert caught.value.rule == rule, str(caught.value)
+    assert re.search(r"(test_simulator_\w+|tik_misuse)\.py:\d+$", caught.value.line)
+    assert caught.value.line in str(caught.value)
 
 
 def cores(k, count, body):
