@@ -255,3 +255,13 @@ def test_masked_lanes_of_a_reduction_are_not_saturated(k):
     k.t.vec_dup(16, b, -1.0, 1, 8)
     k.store(b)
     assert k.t.report["saturations"] == 0
+
+
+def test_blocks_without_an_active_lane_have_no_result(k):
+    """What vcgmax writes for them is not documented: reading it is an error."""
+    a, b = k.filled("a", (128,)), k.filled("b", (128,))
+    k.t.vcgmax(20, b, a, 1, 1, 1, 8)
+    k.t.vec_abs(2, b, b, 1, 8, 8)
+    k.t.vec_abs(3, b, b, 1, 8, 8)
+    with expect_error("uninitialized", "element \\(0, 2\\) of the part of 'b'"):
+        k.store(b)
