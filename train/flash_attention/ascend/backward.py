@@ -9,7 +9,7 @@ price is seven products instead of five, on a chip whose vector unit, not whose 
 Shapes: Br queries and Bc keys a tile, D head size padded to 16, q1 groups of 16 queries.
 """
 
-from flash_attention.ascend.backward_arguments import backward_signature
+from flash_attention.ascend.backward_arguments import backward_signature, probability_exponent
 from flash_attention.ascend.backward_budget import backward_buffers, needs_fp32_scores
 from flash_attention.ascend.backward_operands import KEY_PASS, QUERY_PASS, parts
 from flash_attention.ascend.backward_pair import TilePair, tile_row
@@ -41,6 +41,7 @@ class _Backward:
         self.program, self.api, self.tik = program, program.api, program.tik
         self.geometry, self.spec, self.tiles = geometry, geometry.spec, geometry.tiles
         self.fp32_scores = needs_fp32_scores(geometry.spec)
+        self.exponent = probability_exponent(geometry)
         self.columns = geometry.depth + FRACTAL
         self.rows = self.tiles.groups * FRACTAL  # of a piece of a query tile
         self.gm, self.local, self.buffers, self.field = {}, {}, {}, {}
@@ -114,7 +115,8 @@ class _Backward:
                 self._work(pair, True, pair.add_key_gradients, self.key_parts)
             for part in self.key_parts:
                 part.finish(head, key_tile)
-        for number, (name, factor) in enumerate((("d_value", self._kept), ("d_key", spec.scale * self._kept))):
+        factors = (("d_value", 2.0**-self.exponent * self._kept), ("d_key", spec.scale * self._kept))
+        for number, (name, factor) in enumerate(factors):
             self._store(name, number * self.tiles.kv * depth, kv_head, key_tile, factor)
 
     def _query_task(self, head, q_tile):

@@ -18,8 +18,10 @@ COARSE = 256.0
 LARGEST = 65504.0
 HIDING = 3
 """The extra column that lowers all scores of a key that does not exist by COARSE * LARGEST, before the scale."""
+KEPT = 16.0
+"""What a mask tile holds where a key is kept: above every exponent that belongs to a probability."""
 DEAD = 2.0**23
-"""Stands for the LSE of a query that sees no key, times the scale: its exponents saturate, P is exactly 0."""
+"""Stands for the LSE of a query that does not exist: its exponents saturate, P is exactly 0."""
 
 
 def backward_signature(geometry, cores):
@@ -43,7 +45,7 @@ def backward_signature(geometry, cores):
         GmTensor("key_columns", "float16", (keys, FRACTAL), "extra columns of key and value"),
     ]
     if spec.mask_shape is not None:
-        inputs.append(GmTensor("mask", "float16", mask_axes(geometry), "tiles: 0 = keep, -65504 = discard"))
+        inputs.append(GmTensor("mask", "float16", mask_axes(geometry), "tiles: 16 = keep, -65504 = discard"))
     if spec.bias_shape is not None:
         inputs.append(GmTensor("bias", "float32", tile_axes(geometry, spec.bias_shape), "tiles"))
     if spec.alibi_shape is not None:
@@ -85,14 +87,27 @@ def _half(x):
     return np.clip(x, -LARGEST, LARGEST).astype(np.float16).astype(np.float64)
 
 
-def row_statistics(spec, out, lse, d_out, d_lse):
-    """What is subtracted from a query's products: ``lse / scale`` and ``(1 - rate) * delta``, float64 (B, N, Sq).
+def probability_exponent(geometry):
+    """k such that the kernel computes ``2**k P``: about the logarithm of the number of keys that a query sees.
 
-    ``delta = rowsum(d_out * out) - d_lse``. Rows that see no key have an LSE of DEAD and a delta of 0.
+    The exponents of typical probabilities are then small, so their rounding to fp16 is, and small P stay normal.
     """
+    first, last = tasks.visible_keys(geometry.plan())
+    seen = np.mean(np.maximum(last - first + 1, 1))
+    return min(14, int(np.log2(seen)))
+
+
+def row_statistics(geometry, out, lse, d_out, d_lse):
+    """What is subtracted from a query's products: ``(lse - k ln 2) / scale`` and ``(1 - rate) delta``, (B, N, Sq).
+
+    ``delta = rowsum(d_out * out) - d_lse``. Rows that see no key have 0 for both;
+    every key is hidden from them.
+    """
+    spec = geometry.spec
     dead = np.isneginf(lse)
     delta = (d_out.astype(np.float32) * out.astype(np.float32)).sum(-1) - np.where(dead, 0.0, d_lse)
-    return np.where(dead, DEAD, lse) / spec.scale, np.where(dead, 0.0, delta) * (1.0 - spec.dropout_rate)
+    shifted = np.where(dead, 0.0, lse - probability_exponent(geometry) * np.log(2.0))
+    return shifted / spec.scale, delta * (1.0 - spec.dropout_rate)
 
 
 def pack_query_columns(geometry, subtrahends):
@@ -141,12 +156,13 @@ def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out,
         lse, d_lse: float32 (B, N, Sq).
     """
     spec, plan = geometry.spec, geometry.plan()
-    subtrahends = row_statistics(spec, out, lse, d_out, d_lse)
+    subtrahends = row_statistics(geometry, out, lse, d_out, d_lse)
     feed = {name: host.to_nz(x) for name, x in zip(("query", "key", "value", "d_out"), (query, key, value, d_out))}
     feed["query_columns"] = pack_query_columns(geometry, subtrahends)
     feed["key_columns"] = pack_key_columns(geometry)
     if spec.mask_shape is not None:
-        feed["mask"] = host.pack_mask(geometry, operands.mask)
+        packed = host.pack_mask(geometry, operands.mask)
+        feed["mask"] = np.where(packed == 0.0, np.float16(KEPT), packed)
     if spec.bias_shape is not None:
         feed["bias"] = host.pack_bias(geometry, operands.bias)
     if spec.alibi_shape is not None:

@@ -32,8 +32,9 @@ def _unified_buffer(geometry):
     column_group = FRACTAL * max(tiles.kv, tiles.groups * FRACTAL)
     tails = (tiles.q - geometry.q_tail, tiles.kv - geometry.kv_tail)
     rows = [
-        ("probs0", "float16", piece, "exponents, then P"),
-        ("probs1", "float16", piece, "the next piece of P"),
+        ("probs0", "float16", piece, "exponents, then 2**k P"),
+        ("probs1", "float16", piece, "the next piece of it"),
+        ("shrunk", "float16", piece, "P without its factor 2**k"),
         ("d_scores0", "float16", piece, "dP - delta, then dS"),
         ("d_scores1", "float16", piece, "the next piece of dS"),
         ("result0", "float32", column_group, "16 columns of a gradient from L0C"),

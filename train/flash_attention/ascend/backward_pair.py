@@ -2,8 +2,9 @@
 
 S'^T = [K k'] [Q q']^T and dP'^T = [V k'] [dO d']^T come out of the cube with ``lse / scale`` and delta subtracted: the
 extra columns q', d' hold these in three fp16 parts, k' their units. What is left for the vector unit are differences
-that fit fp16: ``P = exp(scale * S')`` and ``dS = P * dP'``. Tiles that something is added to, or that a bound crosses,
-go through fp32 with the forward kernel's tile operations.
+that fit fp16: ``P = exp(scale * S')`` and ``dS = P * dP'``. P is 2**k times the probabilities (see
+``backward_arguments.probability_exponent``) until it meets dP', where the product must not overflow.
+Tiles that something is added to, or that a bound crosses, go through fp32 with the forward kernel's tile operations.
 """
 
 from flash_attention.ascend.tasks import TILE_FIELDS
@@ -95,11 +96,18 @@ class TilePair:
             gradient.drop(api, kept, local["keep_half"], probs, local["keep"], self.elements)
         if with_probs:
             layout.copy(api, Place(local["probs_l1"], piece * self.elements), Place(kept), self.elements)
+        shrunk = kept
+        if self.kernel.exponent:
+            shrunk = local["shrunk"]
+            gradient.scale(api, shrunk, kept, 2.0**-self.kernel.exponent, self.elements)
         layout.drain(api, Place(d_scores), Place(local["d_probs"], piece * self.elements), 1, self.elements // 256)
-        gradient.score_gradients(api, d_scores, kept, self.elements)
+        gradient.score_gradients(api, d_scores, shrunk, self.elements)
         if self.spec.dropout_rate:
             self._load_minus_delta(piece)
-            args = d_scores, local["keep_half"], local["delta"], self.tiles.groups, self.tiles.kv
+            dropped = local["keep_half"]
+            if self.kernel.exponent:
+                gradient.scale(api, dropped, dropped, 2.0**-self.kernel.exponent, self.elements)
+            args = d_scores, dropped, local["delta"], self.tiles.groups, self.tiles.kv
             gradient.add_dropped(api, *args)
         layout.copy(api, Place(local["d_scores_l1"], piece * self.elements), Place(d_scores), self.elements)
         return d_scores

@@ -22,9 +22,9 @@ def scale(api, dst, src, factor, elements):
 
 
 def discard(api, exponents, mask, groups, keys, mask_groups):
-    """``x = min(x, mask)``: one cycle for 128 elements; ``mask`` (fp16 tensor) is -65504 where a key is discarded.
+    """``x = min(x, mask)``: one cycle for 128 elements.
 
-    Exponents are never above 0 but for rounding, which the 0 of a kept key cuts off.
+    ``mask`` (fp16 tensor) is -65504 where a key is discarded, elsewhere above every exponent of a visible key.
     ``mask`` holds ``[mask_groups][keys][16]``; ``mask_groups`` is ``groups``, or 1: one tile for all queries.
     """
     count = 1 if mask_groups == groups else groups
