@@ -258,7 +258,9 @@ def test_undefined_rows_of_a_transposition_arrive_as_columns(k):
 
 
 def test_the_tail_behind_gm_is_undefined(k):
-    x, a = k.gm("x", (1000,)), k.ub()
+    x, a = k.gm("x", (1000,)), k.filled("a")
+    for _ in range(4):
+        k.t.vec_abs(128, a, a, 8, 8, 8)
     k.t.data_move(a, x, 0, 1, 63, 0, 0)
     k.t.vec_abs(104, a[896], a[896], 1, 8, 8)  # elements up to 999
     k.t.vec_abs(112, a[896], a[896], 1, 8, 8)

@@ -126,7 +126,7 @@ def test_break_outside_a_loop(k):
 def test_too_many_statements(k):
     a = k.filled("a", (128,))
     statement = k.t.program.append
-    for _ in range(59990):
+    for _ in range(59980):
         statement(None)
     assert "ir" not in k.t.report["warnings"]
     with k.t.for_range(0, 2, thread_num=2):
@@ -265,9 +265,11 @@ def test_dependence_between_pipes_without_synchronisation(k):
 
 
 def test_one_pipe_and_disjoint_ranges_need_no_synchronisation(k):
-    x, a, b = k.gm("x"), k.filled("a"), k.ub("b")
+    x, a, b, c = k.gm("x"), k.filled("a"), k.ub("b"), k.filled("c")
+    work = k.t.Tensor(F16, (1024,), name="work", scope=k.tik.scope_gm, is_workspace=True)
     with k.t.new_stmt_scope(disable_sync=True):
         k.t.data_move(b, x, 0, 1, 64, 0, 0)
+        k.t.data_move(work, c, 0, 1, 64, 0, 0)
         k.t.vec_abs(128, a, a, 8, 8, 8)
         k.t.vec_abs(128, a, a, 8, 8, 8)
     k.t.vec_add(128, a, a, b, 8, 8, 8, 8)
