@@ -2,11 +2,11 @@
 
 import importlib.util
 
+from flash_attention.ascend import limits
 from flash_attention.core.engine import Engine
 from flash_attention.core.errors import Reason
 
 _REMEDY = "Use engine='portable', or leave the choice to 'auto'."
-_HEAD_DIM_LIMIT = 256
 _kernels = []  # at most one callable; a list so that registration is visible to the ENGINE below
 
 
@@ -34,11 +34,7 @@ def supports(spec):
         return Reason("engine", "no Python package 'tbe'", "used where CANN is installed (engine 'tik')", _REMEDY)
     if not _kernels:
         return Reason("engine", "no kernels in this version", "served by registered TIK kernels", _REMEDY)
-    if spec.dtype != "float16":
-        return Reason("dtype", spec.dtype, "float16", "Cast the inputs, or use engine='portable'.")
-    if spec.head_dim > _HEAD_DIM_LIMIT:
-        return Reason("head_dim", spec.head_dim, "at most {}".format(_HEAD_DIM_LIMIT), _REMEDY)
-    return None
+    return limits.supports(spec)
 
 
 ENGINE = Engine("tik", _Seam(), supports, order=10, note="Ascend 910 (910A); needs CANN")

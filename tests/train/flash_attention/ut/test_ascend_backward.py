@@ -1,0 +1,311 @@
+"""The Ascend 910 backward kernel, whole, on the strict simulator, against the float64 reference."""
+
+import itertools
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.ascend_backward import (
+    NAMES,
+    assert_gradients_match,
+    fp16_gradients,
+    run_backward_kernel,
+)
+from support.unvisited import CALLS, poisoned
+
+import tolerances
+from conformance import Case, make_inputs, tagged
+from flash_attention.ascend import simulated
+from flash_attention.ascend.backward import build_backward
+from flash_attention.ascend.backward_arguments import pack_backward
+from flash_attention.ascend.backward_budget import backward_buffers, choose_backward_tiles
+from flash_attention.ascend.budget import Budget
+from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
+from flash_attention.ascend.geometry import Geometry, KernelTiles
+from flash_attention.ascend.limits import supports
+from flash_attention.ascend.simulator import SimulatorParams, Toolkit
+from flash_attention.core import reference
+from flash_attention.core.errors import UnsupportedError
+from flash_attention.core.spec import AttentionSpec, Operands
+from flash_attention.core.tiling import strategy_names
+from flash_attention.core.validation import Options, TensorInfo, make_spec
+
+pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
+
+
+def taken(*tags):
+    """Cases of the shared list as fp16 calls with gradients, where the kernel takes them.
+
+    'large' values are left out: their gradients of 3e8 do not fit fp16.
+    """
+    cases = {}
+    for case in map(fp16_gradients, tagged(*tags)):
+        if supports(case.spec) is None and case.values != "large":
+            cases.setdefault(replace(case, name="", tags=()), case)
+    return list(cases.values())
+
+
+def check(case, tiles=None, slack=1.0, **options):
+    assert_gradients_match(case, run_backward_kernel(case, tiles, **options), slack)
+
+
+@pytest.mark.parametrize("case", taken("ci"), ids=str)
+def test_one_feature_at_a_time(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", taken("primary", "pairwise", "long"), ids=str)
+def test_shared_grid(case):
+    check(case, slack=tolerances.SLACK_OF_MANY)
+
+
+# Small tiles make every way through the kernel short: several tiles and ragged ones on both sides, one and more pieces.
+FEATURES = {
+    "causal": {"band": "causal", "lengths": (150, 190)},
+    "dead rows": {"band": "causal", "lengths": (190, 100), "cotangent": True},
+    "window": {"band": "window"},
+    "blocks": {"band": "blocks16-causal"},
+    "mask": {"mask": "heads"},
+    "key mask": {"mask": "keys"},
+    "mask, dead rows": {"mask": "rows"},
+    "compact mask": {"mask": "compact", "band": "blocks16-causal"},
+    "compact mask, offset": {"mask": "compact", "band": "blocks64", "offset": "offset23"},
+    "bias": {"bias": "full"},
+    "key bias": {"bias": "keys", "logits": "scale"},
+    "ALiBi": {"slopes": "alibi"},
+    "ALiBi, causal": {"slopes": "alibi-batch", "band": "causal"},
+    "dropout": {"dropout": 0.2},
+    "everything": {"slopes": "alibi", "bias": "heads", "mask": "dense", "band": "window", "dropout": 0.5},
+    "everything a key": {"slopes": "alibi", "bias": "keys", "mask": "keys", "band": "blocks64", "dropout": 0.5},
+}
+TILES = {"pieces": KernelTiles(64, 48, 1, 2), "one piece": KernelTiles(32, 80, 1, 2)}
+
+
+@pytest.mark.parametrize("tiles", TILES.values(), ids=list(TILES))
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+def test_features_at_small_tiles(feature, tiles):
+    check(Case(dtype="float16", **feature), tiles)
+
+
+HEADS = (16, 40, 64, 80, 128, 160, 256)
+
+
+@pytest.mark.parametrize("head_dim", (1,) + HEADS)
+def test_head_sizes_and_tails(head_dim):
+    check(Case(dtype="float16", lengths=(130, 77), head_dim=head_dim, heads=(1, 2, 1), band="causal"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", (1,) + HEADS)
+@pytest.mark.parametrize("lengths", ((33, 300), (300, 33), (257, 129)), ids=str)
+def test_more_head_sizes_and_tails(head_dim, lengths):
+    check(Case(dtype="float16", lengths=lengths, head_dim=head_dim, heads=(1, 2, 1), band="window"))
+
+
+@pytest.mark.parametrize("strategy", strategy_names())
+def test_strategies(strategy):
+    """Strategies choose other tiles for the same call; the result is right with each."""
+    case = Case(dtype="float16", lengths=(200, 77), head_dim=40, heads=(1, 2, 2))
+    check(case, choose_backward_tiles(replace(make_inputs(case).spec, tiling=strategy)))
+
+
+# --- judged by the reference alone ----------------------------------------------------------------
+def plain(q_len=200, kv_len=200, head_dim=32, heads=(1, 4, 2), **options):
+    """(spec, (query, key, value), (d_out, d_lse)) of a call outside the shared list."""
+    spec = AttentionSpec(heads[0], heads[1], heads[2], q_len, kv_len, head_dim, "float16", **options)
+    rng = np.random.default_rng(q_len)
+    query, d_out = rng.standard_normal((2, heads[0], heads[1], q_len, head_dim)).astype(np.float16)
+    key, value = rng.standard_normal((2, heads[0], heads[2], kv_len, head_dim)).astype(np.float16)
+    d_lse = rng.standard_normal((heads[0], heads[1], q_len)).astype(np.float32)
+    return spec, (query, key, value), (d_out, d_lse)
+
+
+def gradients(spec, tensors, cotangents, operands=Operands(), **options):
+    """Gradients by name, from the forward kernel's output and LSE."""
+    out, lse = simulated.forward(spec, *tensors, operands)
+    grads = simulated.backward(spec, tensors + (operands, out, lse), cotangents, **options)
+    return {name: grad for name, grad in zip(NAMES, grads) if grad is not None}
+
+
+def assert_near(got, spec, tensors, cotangents, operands=Operands(), rtol=8e-3):
+    want = reference.attention_grad(spec, *tensors, operands, *cotangents)
+    assert set(got) == set(want)
+    for name in want:
+        assert tolerances.error(got[name], want[name]) <= rtol * tolerances.largest(want[name]), name
+
+
+WINDOWS = [(prev, following) for prev in (0, 1, 3, 4, 5) for following in (0, 1, 4, 5)]
+
+
+@pytest.mark.parametrize("window", [(0, 0), (1, 4), (4, 1), (5, 0)], ids=str)
+def test_block_windows(window):
+    check_window(window)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_block_windows_around_the_block_count(window):
+    """Five blocks of 32 tokens in tiles that do not line up with them; the first visited tile is rarely tile 0."""
+    check_window(window)
+
+
+def check_window(window):
+    call = plain(150, 150, 16, (1, 1, 1), prev_block_num=window[0], next_block_num=window[1], block_size=32)
+    assert_near(gradients(*call, tiles=KernelTiles(32, 48, 1, 1)), *call)
+
+
+def test_negative_slopes_and_positive_bias_at_ragged_ends():
+    """Scores of queries and keys that do not exist must not overflow, whatever is added to them."""
+    call = plain(70, 90, 16, (1, 2, 2), alibi_shape=(2,), bias_shape=(1, 2, 1, 90))
+    bias = np.full((1, 2, 1, 90), 30.0, np.float32)
+    operands = Operands(slopes=np.float32([-0.5, -1.5]), bias=bias)
+    assert_near(gradients(*call, operands, tiles=KernelTiles(64, 64, 1, 2)), *call, operands, rtol=2e-2)
+
+
+def test_scale_of_the_other_sign():
+    call = plain(70, 90, 16, (1, 1, 1), scale=-0.3)
+    assert_near(gradients(*call), *call)
+
+
+def test_close_scores_near_the_end_of_the_fp16_range():
+    """Scores of 6e4 that differ by a few units, where fp16 steps by 32: the gradients are those of the differences."""
+    spec, (query, key, value), cotangents = plain(scale=0.25)
+    query, key = query.copy(), key.copy()
+    query[..., 0], key[..., 0] = 480.0, 500.0
+    call = spec, (query, key, value), cotangents
+    got, want = gradients(*call), reference.attention_grad(spec, query, key, value, Operands(), *cotangents)
+    for name in ("query", "key", "value"):
+        assert tolerances.error(got[name], want[name]) <= 2e-2 * tolerances.largest(want[name]), name
+
+
+def test_bias_gradient_has_the_dtype_of_the_bias():
+    call = plain(32, 48, 16, (1, 2, 2), bias_shape=(1, 2, 32, 48))
+    bias = np.ones((1, 2, 32, 48), np.float16)
+    assert gradients(*call, Operands(bias=bias))["bias"].dtype == np.float16
+
+
+# --- what must not matter -------------------------------------------------------------------------
+def assert_same_bits(got, want):
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_same_bits_in_every_run_on_any_number_of_cores_in_any_order():
+    call = plain(causal=True, dropout_rate=0.1)
+    operands, tiles = Operands(dropout_seed=np.uint32(5)), KernelTiles(64, 48, 1, 2)
+    first = gradients(*call, operands, tiles=tiles)
+    assert_same_bits(gradients(*call, operands, tiles=tiles), first)
+    for cores in (1, 3):
+        assert_same_bits(gradients(*call, operands, tiles=tiles, chip=replace(ASCEND_910A, cores=cores)), first)
+    spec, tensors, cotangents = call
+    saved = tensors + (operands,) + simulated.forward(spec, *tensors, operands)
+    geometry = Geometry(spec, tiles)
+    for seed in (None, 1):
+        kernel = build_backward(Toolkit(SimulatorParams(core_order_seed=seed)).tik, geometry, 7)
+        grads = simulated.run_backward(kernel, geometry, 7, saved, cotangents)
+        assert_same_bits(dict(zip(NAMES, grads)), first)
+
+
+def test_same_bits_on_310p():
+    call = plain(causal=True, alibi_shape=(4,))
+    operands, tiles = Operands(slopes=np.float32([0.5, 0.1, 0.2, 0.01])), KernelTiles(64, 64, 1, 4)
+    ours, other = (gradients(*call, operands, tiles=tiles, chip=chip) for chip in (ASCEND_910A, ASCEND_310P))
+    assert_same_bits(ours, other)
+
+
+def test_gradients_of_grouped_heads_are_sums_over_the_group():
+    spec, (query, key, value), cotangents = plain()
+    grouped = gradients(spec, (query, key, value), cotangents)
+    repeated = (query, np.repeat(key, 2, axis=1), np.repeat(value, 2, axis=1))
+    single = gradients(replace(spec, kv_heads=4), repeated, cotangents)
+    np.testing.assert_array_equal(grouped["query"], single["query"])
+    for name in ("key", "value"):
+        total = single[name].astype(np.float64).reshape(1, 2, 2, 200, 32).sum(axis=2)
+        np.testing.assert_allclose(grouped[name], total, rtol=2e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+def test_unvisited_keys_are_not_read(call):
+    (query, key, value, d_out), (bad_key, bad_value), hidden = poisoned(call)
+    options = dict(call.options, layout="BNSD")
+    seed, slopes = options.pop("dropout_seed", None), call.tensors.get("alibi_slopes")
+    operands = Operands(slopes=slopes, dropout_seed=None if seed is None else np.uint32(seed))
+    infos = Operands(*[None if x is None else TensorInfo(np.shape(x), str(x.dtype)) for x in operands])
+    q_info, kv_info = (TensorInfo(x.shape, "float16") for x in (query, key))
+    spec = make_spec("flash_attention", q_info, kv_info, kv_info, infos, Options(**options))
+    half = [x.astype(np.float16) for x in (query, key, value, bad_key, bad_value, d_out)]
+    cotangents = half[5], np.zeros(query.shape[:3], np.float32)
+    clean = gradients(spec, tuple(half[:3]), cotangents, operands)
+    dirty = gradients(spec, (half[0], half[3], half[4]), cotangents, operands)
+    assert np.isnan(half[3][:, :, hidden]).all()
+    assert_same_bits(dirty, clean)
+    assert not clean["key"][:, :, hidden].any() and not clean["value"][:, :, hidden].any()
+    assert clean["key"][:, :, ~hidden].any()
+
+
+# --- sizes and refusals ---------------------------------------------------------------------------
+def test_1024_tokens_within_a_minute(figure):
+    """Forward and backward of (1, 1, 1024, 128), built and run, right."""
+    case = Case(dtype="float16", lengths=(1024, 1024), head_dim=128, heads=(1, 1, 1))
+    start = time.time()
+    got = run_backward_kernel(case)
+    seconds = time.time() - start
+    assert_gradients_match(case, got)
+    figure("simulator, (1, 1, 1024, 128) forward and backward", seconds, 60, "s")
+
+
+OPTIONS = {
+    "dense": {},
+    "causal, ALiBi": {"causal": True, "alibi_shape": (2,)},
+    "window, dropout": {"prev_block_num": 8, "next_block_num": 8},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_128k_tokens_are_built(options):
+    """Built strictly (budgets, strides, IR size), not run; the kernel does not grow with the length."""
+    specs = [AttentionSpec(1, 2, 2, length, length, 128, "float16", **options) for length in (8192, 131072)]
+    assert all(supports(spec) is None for spec in specs)
+    kernels = [build_backward(Toolkit().tik, Geometry(spec, choose_backward_tiles(spec)), 32) for spec in specs]
+    small, large = (kernel.report["ir"] for kernel in kernels)
+    assert large < 4000 and large < 1.2 * small
+    assert kernels[1].report["peak"]["UB"] <= 240 * 1024
+
+
+@pytest.mark.parametrize("head_dim", HEADS)
+def test_tiles_fit_with_every_option(head_dim):
+    """The tiles that are chosen fit, and plain ones are as large as L0C allows."""
+    everything = {"bias_shape": (1, 1, 1, 4096), "alibi_shape": (8,), "mask_shape": (1, 1, 4096, 4096),
+                  "dropout_rate": 0.1}  # fmt: skip
+    for options in ({}, everything):
+        spec = AttentionSpec(1, 8, 8, 4096, 4096, head_dim, "float16", **options)
+        tiles = choose_backward_tiles(spec)
+        assert Budget(backward_buffers(Geometry(spec, tiles))).fits
+        if not options:
+            assert (tiles.q, tiles.kv) == (128, 128 if head_dim <= 128 else 64)
+
+
+def test_what_the_kernel_does_not_take_is_refused_before_it_is_built():
+    spec, tensors, cotangents = plain()
+    saved = tensors + (Operands(), tensors[0], cotangents[1])
+    with pytest.raises(UnsupportedError, match="'sinks' must be None"):
+        simulated.backward(replace(spec, sinks=True), saved, cotangents)
+    with pytest.raises(UnsupportedError, match="'scale' must be of a magnitude between"):
+        simulated.backward(replace(spec, scale=1e-6), saved, cotangents)
+
+
+def test_tensors_of_another_kernel_are_refused():
+    spec, tensors, (d_out, d_lse) = plain()
+    geometry = Geometry(spec, choose_backward_tiles(spec))
+    with pytest.raises(RuntimeError, match="are not the kernel's arguments"):
+        pack_backward(
+            geometry, 2, tensors[0], tensors[1][:, :, :100], tensors[2], Operands(), d_out, d_lse, d_out, d_lse
+        )
+
+
+@pytest.mark.slow
+def test_every_head_size_up_to_the_limit():
+    for head_dim, band in itertools.product(range(1, 257, 5), ("dense", "causal")):
+        check(Case(dtype="float16", lengths=(50, 70), head_dim=head_dim, heads=(1, 1, 1), band=band), slack=1.5)

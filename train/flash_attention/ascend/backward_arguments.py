@@ -1,0 +1,224 @@
+"""The arguments of the backward kernel, and numpy on the host: a call's tensors to arguments and gradients back.
+
+Beside the forward kernel's kinds of arguments there are *extra columns*: sixteen more columns of query, d_out, key and
+value that let the cube subtract what belongs to a query (``pack_query_columns``) and hide keys that do not exist.
+"""
+
+import numpy as np
+
+from flash_attention.ascend import backward_operands, host, tasks
+from flash_attention.ascend.backward_operands import KEY_SUMS, KEY_UNIT, ONE
+from flash_attention.ascend.geometry import FRACTAL
+from flash_attention.ascend.program import GmTensor
+from flash_attention.ascend.signature import BOUND_ROWS, mask_axes, tile_axes
+from flash_attention.ascend.tasks import CORE_FIELDS, TILE_FIELDS
+
+COARSE = 256.0
+"""Unit of the first of a statistic's three fp16 parts: they reach 256 * 65504 and resolve 2**-33 of the value."""
+LARGEST = 65504.0
+HIDING = 3
+"""The extra column that lowers all scores of a key that does not exist by COARSE * LARGEST, before the scale."""
+KEPT = 16.0
+"""What a mask tile holds where a key is kept: above every exponent that belongs to a probability."""
+DEAD = 2.0**23
+"""Stands for the LSE of a query that does not exist: its exponents saturate, P is exactly 0."""
+
+
+def backward_signature(geometry, cores):
+    """(inputs, outputs) of the backward kernel: lists of :class:`~flash_attention.ascend.program.GmTensor`.
+
+    Args:
+        geometry: :class:`~flash_attention.ascend.geometry.Geometry`.
+        cores: number of cores the kernel runs on.
+    """
+    spec = geometry.spec
+    depth = geometry.depth // FRACTAL
+    q_shape = (spec.batch, spec.heads, depth, geometry.q_rows // FRACTAL, FRACTAL, FRACTAL)
+    kv_shape = (spec.batch, spec.kv_heads, depth, geometry.kv_rows // FRACTAL, FRACTAL, FRACTAL)
+    queries, keys = geometry.q_tiles * geometry.tiles.q, geometry.kv_tiles * geometry.tiles.kv
+    inputs = [
+        GmTensor("query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
+        GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
+        GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
+        GmTensor("d_out", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
+        GmTensor("query_columns", "float16", (geometry.heads, 2, queries, FRACTAL), "extra columns of query and d_out"),
+        GmTensor("key_columns", "float16", (keys, FRACTAL), "extra columns of key and value"),
+    ]
+    if spec.mask_shape is not None:
+        inputs.append(GmTensor("mask", "float16", mask_axes(geometry), "tiles: 16 = keep, -65504 = discard"))
+    if spec.bias_shape is not None:
+        inputs.append(GmTensor("bias", "float32", tile_axes(geometry, spec.bias_shape), "tiles"))
+    if spec.alibi_shape is not None:
+        inputs.append(GmTensor("slopes", "float32", (geometry.heads, 2, 8), "eight times slope, eight times -slope"))
+    if spec.dropout_rate:
+        full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
+        inputs.append(GmTensor("keep", "uint8", tile_axes(geometry, full), "tiles: 1 = keep, 0 = drop"))
+        inputs.append(GmTensor("minus_delta", "float16", (geometry.heads, queries), "-delta"))
+    if needs_positions(spec):
+        inputs.append(
+            GmTensor("bounds", "float32", (BOUND_ROWS, queries), "first visible key, last visible key, position")
+        )
+    inputs.append(GmTensor("key_tasks", "int32", (geometry.kv_tiles, 8), "tasks.key_tasks"))
+    inputs.append(GmTensor("tiles", "int32", (geometry.q_tiles, len(TILE_FIELDS)), "tasks.query_tiles"))
+    inputs.append(GmTensor("cores", "int32", (cores, CORE_FIELDS), "tasks.split of the key and of the query tiles"))
+    outputs = [
+        GmTensor("d_query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
+        GmTensor("d_key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
+        GmTensor("d_value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
+    ]
+    return inputs, outputs + [part.output(geometry) for part in backward_operands.parts(spec)]
+
+
+def needs_positions(spec):
+    """True when some tile needs a predicate or a position. Keys that do not exist are hidden by their columns."""
+    return not spec.band.is_dense or spec.alibi_shape is not None
+
+
+def parts(x):
+    """A float array (...,) -> float16 (..., 3) whose sum with weights (COARSE, 1, 1) is the array."""
+    x = np.asarray(x, np.float64)
+    coarse = _half(x / COARSE)
+    middle = _half(x - COARSE * coarse)
+    return np.stack([coarse, middle, _half(x - COARSE * coarse - middle)], axis=-1).astype(np.float16)
+
+
+def _half(x):
+    """Rounded to float16, saturating; float64."""
+    return np.clip(x, -LARGEST, LARGEST).astype(np.float16).astype(np.float64)
+
+
+def probability_exponent(geometry):
+    """k such that the kernel computes ``2**k P``: about the logarithm of the number of keys that a query sees.
+
+    The exponents of typical probabilities are then small, so their rounding to fp16 is, and small P stay normal.
+    """
+    first, last = tasks.visible_keys(geometry.plan())
+    seen = np.mean(np.maximum(last - first + 1, 1))
+    return min(14, int(np.log2(seen)))
+
+
+def row_statistics(geometry, out, lse, d_out, d_lse):
+    """What is subtracted from a query's products: ``(lse - k ln 2) / scale`` and ``(1 - rate) delta``, (B, N, Sq).
+
+    ``delta = rowsum(d_out * out) - d_lse``. Rows that see no key have 0 for both;
+    every key is hidden from them.
+    """
+    spec = geometry.spec
+    dead = np.isneginf(lse)
+    delta = (d_out.astype(np.float32) * out.astype(np.float32)).sum(-1) - np.where(dead, 0.0, d_lse)
+    shifted = np.where(dead, 0.0, lse - probability_exponent(geometry) * np.log(2.0))
+    return shifted / spec.scale, delta * (1.0 - spec.dropout_rate)
+
+
+def pack_query_columns(geometry, subtrahends):
+    """fp16 (B * N, 2, queries of whole tiles, 16): three parts of what is subtracted, negated, HIDING and ONE.
+
+    Queries that do not exist are dead: whatever is added to their scores, P is 0.
+    """
+    spec = geometry.spec
+    packed = np.zeros((geometry.heads, 2, geometry.q_tiles * geometry.tiles.q, FRACTAL), np.float16)
+    packed[:, 0, :, :3] = parts(-DEAD / spec.scale)
+    for number, subtrahend in enumerate(subtrahends):
+        packed[:, number, : spec.q_len, :3] = parts(-subtrahend.reshape(geometry.heads, -1))
+    packed[:, 0, :, HIDING] = COARSE
+    packed[:, 0, :, ONE] = 1.0
+    return packed
+
+
+def pack_key_columns(geometry):
+    """fp16 (keys of whole tiles, 16): where a key exists the parts' units and KEY_SUMS, else what hides it."""
+    spec = geometry.spec
+    packed = np.zeros((geometry.kv_tiles * geometry.tiles.kv, FRACTAL), np.float16)
+    index = np.arange(spec.kv_len)
+    packed[: spec.kv_len, :3] = COARSE, 1.0, 1.0
+    packed[: spec.kv_len, KEY_SUMS] = np.stack([np.ones_like(index), index // KEY_UNIT, index % KEY_UNIT], axis=1)
+    packed[spec.kv_len :, HIDING] = -LARGEST if spec.scale > 0 else LARGEST
+    return packed
+
+
+def pack_cores(geometry, cores):
+    """int32 (cores, 8): [start, stop) of the key-major items, then of the query-major ones."""
+    plan = geometry.plan()
+    by_key = (plan.q_range[:, 1] - plan.q_range[:, 0]) * geometry.spec.group + host.TASK_COST
+    table = tasks.split(by_key, geometry.spec.batch * geometry.spec.kv_heads, cores)
+    table[:, 2:4] = tasks.split(host.task_loads(plan, 1), geometry.heads, cores)[:, :2]
+    return table
+
+
+def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out, d_lse):
+    """The kernel's inputs by name, in the order of :func:`backward_signature`.
+
+    Args:
+        geometry: :class:`~flash_attention.ascend.geometry.Geometry`.
+        cores: number of cores the kernel was built for.
+        query, key, value, out, d_out: float16 (B, N, Sq, D), (B, Nkv, Sk, D) for key and value.
+        operands: :class:`~flash_attention.core.spec.Operands` of numpy arrays.
+        lse, d_lse: float32 (B, N, Sq).
+    """
+    spec, plan = geometry.spec, geometry.plan()
+    subtrahends = row_statistics(geometry, out, lse, d_out, d_lse)
+    feed = {name: host.to_nz(x) for name, x in zip(("query", "key", "value", "d_out"), (query, key, value, d_out))}
+    feed["query_columns"] = pack_query_columns(geometry, subtrahends)
+    feed["key_columns"] = pack_key_columns(geometry)
+    if spec.mask_shape is not None:
+        packed = host.pack_mask(geometry, operands.mask)
+        feed["mask"] = np.where(packed == 0.0, np.float16(KEPT), packed)
+    if spec.bias_shape is not None:
+        feed["bias"] = host.pack_bias(geometry, operands.bias)
+    if spec.alibi_shape is not None:
+        feed["slopes"] = host.pack_slopes(geometry, operands.slopes)
+    if spec.dropout_rate:
+        feed["keep"] = host.pack_keep(geometry, operands.dropout_seed)
+        feed["minus_delta"] = np.zeros((geometry.heads, geometry.q_tiles * geometry.tiles.q), np.float16)
+        feed["minus_delta"][:, : spec.q_len] = _half(-subtrahends[1].reshape(geometry.heads, -1))
+    if needs_positions(spec):
+        feed["bounds"] = host.pack_bounds(geometry)
+    feed["key_tasks"] = tasks.key_tasks(plan)
+    feed["tiles"] = tasks.query_tiles(plan)
+    feed["cores"] = pack_cores(geometry, cores)
+    host.check_feed(feed, backward_signature(geometry, cores)[0])
+    return feed
+
+
+def unpack_backward(geometry, outputs):
+    """Kernel outputs -> gradients by name: 'query', 'key', 'value' in float16, 'bias' and 'slopes' in float32.
+
+    Shapes are those of the tensors; 'bias' and 'slopes' are there when the spec has them.
+    """
+    spec = geometry.spec
+    lengths = (spec.q_len, spec.kv_len, spec.kv_len)
+    grads = {
+        name: host.from_nz(x, length, spec.head_dim)
+        for name, x, length in zip(("query", "key", "value"), outputs, lengths)
+    }
+    sums = {part.output(geometry).name: x for part, x in zip(backward_operands.parts(spec), outputs[3:])}
+    kept = 1.0 / (1.0 - spec.dropout_rate)
+    if "bias_tiles" in sums:
+        grads["bias"] = kept * _reduce_to(_from_tiles(geometry, sums["bias_tiles"]), spec.bias_shape)
+    if "bias_sums" in sums:
+        per_key = sums["bias_sums"].reshape(spec.batch, spec.heads, 1, -1)[..., : spec.kv_len]
+        grads["bias"] = kept * _reduce_to(per_key, spec.bias_shape)
+    if "slope_sums" in sums:
+        d_slopes = kept * _slope_gradients(spec, sums["slope_sums"])
+        grads["slopes"] = d_slopes if len(spec.alibi_shape) == 2 else d_slopes.sum(axis=0)
+    return grads
+
+
+def _from_tiles(geometry, tiles):
+    """Transposed tiles of ``tile_axes`` -> (B, N, Sq, Sk) float32."""
+    batch, heads, q_tiles, kv_tiles, groups, keys = tiles.shape[:6]
+    rows = tiles.transpose(0, 1, 2, 4, 6, 3, 5).reshape(batch, heads, q_tiles * groups * FRACTAL, kv_tiles * keys)
+    return rows[:, :, : geometry.spec.q_len, : geometry.spec.kv_len].astype(np.float32)
+
+
+def _reduce_to(x, shape):
+    """Sum the axes along which ``shape`` was broadcast."""
+    return x.sum(axis=tuple(axis for axis, size in enumerate(shape) if size == 1), keepdims=True)
+
+
+def _slope_gradients(spec, sums):
+    """(B * N, 3, queries) sums of +-dS (1, key // KEY_UNIT, key % KEY_UNIT) -> (B, N) float32."""
+    total, high, low = np.moveaxis(sums[..., : spec.q_len].astype(np.float64), 1, 0)
+    position = np.arange(spec.q_len) + spec.offset
+    distances = position * total - KEY_UNIT * high - low
+    return -distances.sum(axis=-1).reshape(spec.batch, spec.heads).astype(np.float32)

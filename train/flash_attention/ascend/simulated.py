@@ -1,0 +1,90 @@
+"""The kernels as numpy functions: built once a spec and run on the TIK simulator. Needs neither MindSpore nor CANN."""
+
+import functools
+
+import numpy as np
+
+from flash_attention.ascend import host
+from flash_attention.ascend.backward import build_backward
+from flash_attention.ascend.backward_arguments import pack_backward, unpack_backward
+from flash_attention.ascend.backward_budget import choose_backward_tiles
+from flash_attention.ascend.budget import choose_tiles
+from flash_attention.ascend.chips import ASCEND_910A
+from flash_attention.ascend.forward import build_forward
+from flash_attention.ascend.geometry import Geometry
+from flash_attention.ascend.limits import supports
+from flash_attention.ascend.simulator import Toolkit
+from flash_attention.core.spec import Operands
+
+
+def forward(spec, query, key, value, operands=Operands(), tiles=None, chip=ASCEND_910A):
+    """``(out, lse)`` of the forward kernel.
+
+    Args:
+        spec: :class:`~flash_attention.core.spec.AttentionSpec` in float16.
+        query, key, value: float16 arrays (B, N, Sq, D), (B, Nkv, Sk, D), (B, Nkv, Sk, D).
+        operands: :class:`~flash_attention.core.spec.Operands` of arrays, mask as keep mask.
+        tiles: :class:`~flash_attention.ascend.geometry.KernelTiles`; None = what the kernel would take on a device.
+        chip: :class:`~flash_attention.ascend.chips.Chip`.
+
+    Returns:
+        out float16 (B, N, Sq, D), lse float32 (B, N, Sq).
+
+    Raises:
+        UnsupportedError: the kernels do not take ``spec``.
+    """
+    reason = supports(spec)
+    if reason is not None:
+        raise reason.error(engine="simulator")
+    geometry = Geometry(spec, tiles or choose_tiles(spec, chip))
+    kernel = _forward_kernel(geometry, chip)
+    return run_forward(kernel, geometry, chip.cores, query, key, value, operands)
+
+
+def run_forward(kernel, geometry, cores, query, key, value, operands):
+    """Run a kernel that was built for ``geometry`` and ``cores``; arguments and result as in :func:`forward`."""
+    tensors = [np.asarray(x) for x in (query, key, value)]
+    feed = host.pack_forward(geometry, cores, *tensors, operands)
+    return host.unpack_forward(geometry, host.run(kernel, feed))
+
+
+def backward(spec, saved, cotangents, tiles=None, chip=ASCEND_910A):
+    """Gradients of query, key, value, bias, slopes and sinks, in the dtypes of these; None for an absent operand.
+
+    Args:
+        spec: :class:`~flash_attention.core.spec.AttentionSpec` in float16.
+        saved: ``(query, key, value, operands, out, lse)``: what :func:`forward` took and returned.
+        cotangents: ``(d_out, d_lse)``, float16 (B, N, Sq, D) and float32 (B, N, Sq).
+        tiles, chip: as for :func:`forward`.
+
+    Raises:
+        UnsupportedError: the kernels do not take ``spec``.
+    """
+    reason = supports(spec)
+    if reason is not None:
+        raise reason.error(engine="simulator")
+    geometry = Geometry(spec, tiles or choose_backward_tiles(spec, chip))
+    return run_backward(_backward_kernel(geometry, chip), geometry, chip.cores, saved, cotangents)
+
+
+def run_backward(kernel, geometry, cores, saved, cotangents):
+    """Run a kernel that was built for ``geometry`` and ``cores``; arguments and result as in :func:`backward`."""
+    query, key, value, operands, out, lse = saved
+    arrays = (
+        [np.asarray(x) for x in (query, key, value)] + [operands] + [np.asarray(x) for x in (out, lse) + cotangents]
+    )
+    feed = pack_backward(geometry, cores, *arrays)
+    grads = unpack_backward(geometry, host.run(kernel, feed))
+    if "bias" in grads:
+        grads["bias"] = grads["bias"].astype(operands.bias.dtype)
+    return tuple(grads.get(name) for name in ("query", "key", "value", "bias", "slopes", "sinks"))
+
+
+@functools.lru_cache(maxsize=64)
+def _backward_kernel(geometry, chip):
+    return build_backward(Toolkit(soc=chip.simulated).tik, geometry, chip.cores)
+
+
+@functools.lru_cache(maxsize=64)
+def _forward_kernel(geometry, chip):
+    return build_forward(Toolkit(soc=chip.simulated).tik, geometry, chip.cores)
