@@ -1,6 +1,7 @@
 """The JAX twin: the same attention on TPU, GPU and CPU, and the numerical reference. Needs Python 3.10 and JAX.
 
-``flash_attention`` is the functional call (BSND), ``FlashAttention`` the twin of the MindSpore Cell (BNSD).
+``flash_attention`` is the functional call (BSND), ``FlashAttention`` the twin of the MindSpore Cell (BNSD). The
+mechanisms (:mod:`flash_attention.jax.mechanisms`) are imported from here too, when they are first used.
 """
 
 import sys
@@ -11,8 +12,11 @@ if sys.version_info < (3, 10):
         "The MindSpore half of the package works here.".format(*sys.version_info[:2])
     )
 
+from flash_attention.core.lazy import lazy_names  # noqa: E402
 from flash_attention.jax.engines import ENGINES  # noqa: E402
 from flash_attention.jax.functional import flash_attention  # noqa: E402
 from flash_attention.jax.layer import FlashAttention  # noqa: E402
+from flash_attention.jax.mechanisms import MECHANISMS  # noqa: E402
 
 __all__ = ["ENGINES", "FlashAttention", "flash_attention"]
+__getattr__, __dir__ = lazy_names("flash_attention.jax.mechanisms", MECHANISMS, globals())
