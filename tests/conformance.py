@@ -259,7 +259,7 @@ def run_reference(case):
     return _results(case, make_inputs(case), np)
 
 
-class _NaivePrecision:
+class NaivePrecision:
     """numpy for `core.reference` in the precision of a call, see `tolerances`.
 
     Args:
@@ -293,7 +293,7 @@ ORDERS = 3  # rounding errors are draws of chance: the naive error is the larges
 def run_naive(case, functions=None):
     """What the naive implementation gives, by the same names: a tuple, one dict for each order of summation."""
     return tuple(
-        _run_narrow(case, _NaivePrecision(case.dtype, order, functions))
+        _run_narrow(case, NaivePrecision(case.dtype, order, functions))
         for order in range(ORDERS if case.dtype == "float32" else 1)
     )
 
@@ -305,7 +305,7 @@ def naive_lse(case, functions=None):
         runs = run_naive(case, functions)
     else:
         runs = [
-            _run_narrow(replace(case, gradients=False), _NaivePrecision("float32", order, functions), make_inputs(case))
+            _run_narrow(replace(case, gradients=False), NaivePrecision("float32", order, functions), make_inputs(case))
             for order in range(ORDERS)
         ]
     return tuple({"lse": run["lse"]} for run in runs)

@@ -15,6 +15,10 @@ PUBLIC = (
         (
             ("nn/layer/flash_attention.py", "flash_attention.nn", ("FlashAttention",)),
             ("ops/functional.py", "flash_attention.ops", ("flash_attention",)),
+            ("nn/layer/multi_query.py", "flash_attention.nn", ("MultiQueryAttention", "grouped_query_attention")),
+            ("nn/layer/triangle_attention.py", "flash_attention.nn", ("TriangleAttention",)),
+            ("nn/layer/projection.py", "flash_attention.nn", ("weights_of", "load_weights")),
+            ("nn/layer/positions.py", "flash_attention.nn", ("Rotary", "XPos", "T5Bias", "alibi_bias")),
         ),
     ),
     (
@@ -36,6 +40,12 @@ PUBLIC = (
             ("jax/distributed/mesh.py", "flash_attention.jax.distributed", ("Axes", "make_mesh")),
             ("jax/distributed/plan.py", "flash_attention.jax.distributed", ("Plan",)),
             ("jax/distributed/processes.py", "flash_attention.jax.distributed", ("initialize",)),
+            (
+                "jax/mechanisms/multi_query.py",
+                "flash_attention.jax",
+                ("MultiQueryAttention", "grouped_query_attention"),
+            ),
+            ("jax/mechanisms/positions.py", "flash_attention.jax", ("rotary", "xpos", "t5_bias", "alibi_bias")),
         ),
     ),
     (
@@ -47,6 +57,11 @@ PUBLIC = (
             ("core/tiling/base.py", "flash_attention.core.tiling", ("Tile", "Strategy")),
             ("core/tiling/__init__.py", "flash_attention.core.tiling", ("register_strategy", "get_strategy")),
             ("core/alibi.py", "flash_attention.core.alibi", ("alibi_slopes",)),
+            (
+                "core/mechanisms/weights.py",
+                "flash_attention.core.mechanisms.weights",
+                ("flatten_params", "unflatten_params"),
+            ),
             ("core/dropout.py", "flash_attention.core.dropout", ("keep", "threshold")),
             ("core/lse.py", "flash_attention.core.lse", ("merge",)),
             ("core/reference.py", "flash_attention.core.reference", ("attention", "attention_grad")),

@@ -24,6 +24,11 @@ def expected():
     return np.einsum("bnij,bnjd->bnid", weights / weights.sum(-1, keepdims=True), v)
 
 
+def takes_any_mask(call):
+    """True for attention calls of (query, key, value) whose mask may differ in every batch, head, query and key."""
+    return "N,Sq,Sk" in call.mask_shapes and "SND" in call.layout.replace("NSD", "SND")
+
+
 KINDS = ("bool", "float", "int")
 
 

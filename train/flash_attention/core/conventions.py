@@ -33,6 +33,7 @@ class Call:
 
 
 _CELL_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), compact (T,T) or (1,T,T)"
+_FULL_MASKS = "broadcastable to (B,N,Sq,Sk)"
 _FUNCTION_MASKS = "broadcastable to (B,N,Sq,Sk), compact (T,T)"
 
 CALLS = (
@@ -70,6 +71,11 @@ CALLS = (
         "(B,Sk), (1|B,1|Sq,Sk), (1|B,1|N,1|Sq,1|Sk)",
         BOTTOM_RIGHT + ", q_offset= overrides",
     ),
+    Call("flash_attention.nn.grouped_query_attention", "BSND", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
+    Call("flash_attention.jax.grouped_query_attention", "BSND", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
+    Call("flash_attention.nn.MultiQueryAttention", "x (B,Sq,E)", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
+    Call("flash_attention.jax.MultiQueryAttention", "x (B,Sq,E)", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
+    Call("flash_attention.nn.TriangleAttention", "BNSD", "attention_mask", DISCARD, "(1|B,S,S)", "Sq = Sk, causal"),
 )
 
 

@@ -1,7 +1,8 @@
 """The JAX twin: the same attention on TPU, GPU and CPU, and the numerical reference. Needs Python 3.10 and JAX.
 
 ``flash_attention`` is the functional call (BSND), ``FlashAttention`` the twin of the MindSpore Cell (BNSD),
-``FlexibleAttentionModule`` the factory over every mechanism of ``AttentionRegistry``.
+``FlexibleAttentionModule`` the factory over every mechanism of ``AttentionRegistry``. The other mechanisms
+(:mod:`flash_attention.jax.mechanisms`) are imported from here too, when they are first used.
 """
 
 import sys
@@ -12,6 +13,7 @@ if sys.version_info < (3, 10):
         "The MindSpore half of the package works here.".format(*sys.version_info[:2])
     )
 
+from flash_attention.core.lazy import lazy_names  # noqa: E402
 from flash_attention.jax.engines import ENGINES  # noqa: E402
 from flash_attention.jax.flexible import (  # noqa: E402
     AttentionBaseConfig,
@@ -26,6 +28,7 @@ from flash_attention.jax.flexible import (  # noqa: E402
 )
 from flash_attention.jax.functional import flash_attention  # noqa: E402
 from flash_attention.jax.layer import FlashAttention  # noqa: E402
+from flash_attention.jax.mechanisms import MECHANISMS  # noqa: E402
 
 __all__ = [
     "ENGINES",
@@ -41,3 +44,4 @@ __all__ = [
     "flash_attention",
     "run_attention_benchmarks",
 ]
+__getattr__, __dir__ = lazy_names("flash_attention.jax.mechanisms", MECHANISMS, globals())

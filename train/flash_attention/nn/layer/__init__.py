@@ -1,5 +1,17 @@
-"""One file a Cell."""
+"""One file a Cell, or a mechanism. Mechanisms are imported when they are first used.
 
+``MECHANISMS`` is the registration: ``{module: public names}``; ``flash_attention.nn`` exports them.
+"""
+
+from flash_attention.core.lazy import lazy_names
 from flash_attention.nn.layer.flash_attention import FlashAttention
 
+MECHANISMS = {
+    "multi_query": ("MultiQueryAttention", "grouped_query_attention"),
+    "positions": ("Rotary", "T5Bias", "XPos", "alibi_bias"),
+    "projection": ("load_weights", "weights_of"),
+    "triangle_attention": ("TriangleAttention",),
+}
+
 __all__ = ["FlashAttention"]
+__getattr__, __dir__ = lazy_names("flash_attention.nn.layer", MECHANISMS, globals())

@@ -5,10 +5,8 @@ of the functional core; engines, plans and kernels are chosen below it.
 """
 
 import dataclasses
-import itertools
 
-import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 from mindspore.ops.primitive import constexpr
 
@@ -16,16 +14,14 @@ from flash_attention.core import alibi
 from flash_attention.core.config import LAYER, CellConfig
 from flash_attention.core.errors import invalid_value
 from flash_attention.core.spec import NO_LIMIT
+from flash_attention.nn.layer.seeded import SeededCell
 from flash_attention.ops.engines import ENGINES
 from flash_attention.ops.functional import describe, info, resolve, seed_tensor
 
-_GOLDEN = 0x9E3779B9  # consecutive steps give seeds far apart
-_MIX = 0x85EBCA6B  # odd, so that Cells and global seeds are spread likewise
 _NAMES = ("query", "key", "value", "attention_mask", "alibi_mask") + ("",) * 8  # the rest never fails
-_cells = itertools.count()  # construction order, the same in every process that builds the same model
 
 
-class FlashAttention(nn.Cell):
+class FlashAttention(SeededCell):
     r"""FlashAttention-2 with block-sparse windows and ALiBi.
 
     .. math::
@@ -110,7 +106,6 @@ class FlashAttention(nn.Cell):
         engine=None,
         return_lse=False,
     ):
-        super().__init__()
         config = CellConfig(
             head_dim,
             dropout_rate,
@@ -128,18 +123,13 @@ class FlashAttention(nn.Cell):
             engine=engine,
             return_lse=return_lse,
         )
+        super().__init__(config.dropout_rate)
         ENGINES.check_name(engine, LAYER)
         self.config = dataclasses.astuple(config)  # a tuple, because a graph takes it as a constant
         self.dp, self.mp = config.dp, config.mp
         self.strategy = None
-        self.dropout_rate = config.dropout_rate
         self.return_lse = config.return_lse
         self.engine = engine
-        if config.dropout_rate:
-            self.dropout_step = Parameter(Tensor(0, mstype.int32), name="dropout_step", requires_grad=False)
-            self.advance = ops.AssignAdd()
-            self.one = Tensor(1, mstype.int32)
-            self.salt = Tensor(_cell_seed(next(_cells)), mstype.int32)
 
     def construct(self, query, key, value, attention_mask=None, alibi_mask=None, dropout_seed=None):
         """Attend; shapes and meaning of the inputs are in the class's documentation."""
@@ -149,10 +139,10 @@ class FlashAttention(nn.Cell):
         mask_shape, slopes, options = _prepare(self.config, training, shapes, dtypes)
         mask = None
         if isinstance(attention_mask, Tensor):  # describe() refuses whatever is neither a Tensor nor None
-            mask = _discard_to_keep(attention_mask).reshape(mask_shape)
+            mask = discard_to_keep(attention_mask).reshape(mask_shape)
         seed = None
         if training and self.dropout_rate > 0:
-            seed = self._next_seed(query) if dropout_seed is None else dropout_seed
+            seed = self.next_seed(query) if dropout_seed is None else dropout_seed
         operands = (alibi_mask, mask, slopes, None, None, None, None, None, None, seed)
         shapes, dtypes = describe(LAYER, _NAMES, (query, key, value) + operands)
         cell = resolve(LAYER, shapes, dtypes, options, self.engine)[0]
@@ -160,17 +150,6 @@ class FlashAttention(nn.Cell):
         if self.return_lse:
             return out, lse
         return out
-
-    def _next_seed(self, query):
-        """A seed that differs between Cells and between training calls."""
-        if self._has_config_recompute:
-            # A graph recomputes side effects too, so a counter would move between the two forward passes. The inputs
-            # of a recomputed layer are bitwise the same, and another training step has others.
-            turns = query[0, 0, -1].astype(mstype.float32).sum() * 12345.678
-            return ((turns - ops.floor(turns)) * 2.0**24).astype(mstype.int32) + self.salt
-        step = self.dropout_step + 0
-        self.advance(self.dropout_step, self.one)
-        return step * _signed(_GOLDEN) + self.salt
 
     def shard(self, in_strategy=None, out_strategy=None):
         """Store the parallel strategy of (query, key, value[, attention_mask[, alibi_mask]]) and take dp, mp from it.
@@ -200,19 +179,9 @@ def _check_strategy(strategy):
     return query[:2]
 
 
-def _discard_to_keep(mask):
+def discard_to_keep(mask):
+    """The Cells' mask (non-zero = discard) as booleans that keep."""
     return ops.logical_not(mask) if mask.dtype == mstype.bool_ else mask == 0
-
-
-def _signed(value):
-    """The int32 with the bits of ``value`` modulo 2**32."""
-    value &= 0xFFFFFFFF
-    return value - 2**32 if value >= 2**31 else value
-
-
-def _cell_seed(index):
-    """Seed of the ``index``-th Cell of this process: no two layers of a model drop the same places."""
-    return _signed((ms.get_seed() or 0) * _MIX + index * _MIX * _MIX)
 
 
 @constexpr

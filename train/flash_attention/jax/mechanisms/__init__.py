@@ -1,0 +1,9 @@
+"""Mechanisms in JAX, one file each: routing before the core call, an LSE merge after it. Imported when first used.
+
+``MECHANISMS`` is the registration: ``{module: public names}``; ``flash_attention.jax`` exports them.
+"""
+
+MECHANISMS = {
+    "multi_query": ("MultiQueryAttention", "grouped_query_attention"),
+    "positions": ("alibi_bias", "rotary", "t5_bias", "xpos"),
+}

@@ -1,0 +1,54 @@
+"""What the JAX layers share: parameters as a plain pytree of dicts, and the linear projection.
+
+Names and axes are those of the MindSpore Cells, so that ``core.mechanisms.weights`` carries weights across.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+DEFAULT_SEED = 0
+
+
+class Layer:
+    """A layer with parameters. ``layer(x)`` uses its own; ``layer(x, params=tree)`` is a pure function of ``tree``.
+
+    A subclass defines ``init(key) -> params`` and ``__call__(..., params=None)``.
+    """
+
+    _params = None
+
+    @property
+    def params(self):
+        """Nested dict of arrays; made from a default seed when first asked for. Assign to it to load weights."""
+        if self._params is None:
+            with jax.ensure_compile_time_eval():
+                self._params = self.init(jax.random.PRNGKey(DEFAULT_SEED))
+        return self._params
+
+    @params.setter
+    def params(self, params):
+        self._params = params
+
+
+def dense_init(key, n_in, n_out, bias=True, std=None):
+    """``{"weight": (n_out, n_in), "bias": (n_out,)}``, float32.
+
+    Uniform within ``1 / sqrt(n_in)``, as nn.Dense; with ``std`` normal weights and zero biases.
+    """
+    weight_key, bias_key = jax.random.split(key)
+    bound = 1.0 / math.sqrt(n_in)
+    if std is None:
+        params = {"weight": jax.random.uniform(weight_key, (n_out, n_in), minval=-bound, maxval=bound)}
+        return (
+            dict(params, bias=jax.random.uniform(bias_key, (n_out,), minval=-bound, maxval=bound)) if bias else params
+        )
+    params = {"weight": std * jax.random.normal(weight_key, (n_out, n_in))}
+    return dict(params, bias=jnp.zeros(n_out)) if bias else params
+
+
+def dense(params, x, dtype):
+    """``x @ weight.T + bias`` in ``dtype``."""
+    out = x.astype(dtype) @ params["weight"].astype(dtype).T
+    return out + params["bias"].astype(dtype) if "bias" in params else out

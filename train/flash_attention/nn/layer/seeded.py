@@ -1,0 +1,46 @@
+"""A Cell that drops: where the seed of each training call comes from."""
+
+import itertools
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+_GOLDEN = 0x9E3779B9  # consecutive steps give seeds far apart
+_MIX = 0x85EBCA6B  # odd, so that Cells and global seeds are spread likewise
+_cells = itertools.count()  # construction order, the same in every process that builds the same model
+
+
+class SeededCell(nn.Cell):
+    """Base of the Cells with dropout on the softmax weights; owns ``dropout_step``, the number of training calls."""
+
+    def __init__(self, dropout_rate):
+        super().__init__()
+        self.dropout_rate = dropout_rate
+        if dropout_rate:
+            self.dropout_step = Parameter(Tensor(0, mstype.int32), name="dropout_step", requires_grad=False)
+            self.advance = ops.AssignAdd()
+            self.one = Tensor(1, mstype.int32)
+            self.salt = Tensor(_cell_seed(next(_cells)), mstype.int32)
+
+    def next_seed(self, query):
+        """A seed that differs between Cells and between training calls; int32, its bits are a uint32."""
+        if self._has_config_recompute:
+            # A graph recomputes side effects too, so a counter would move between the two forward passes. The inputs
+            # of a recomputed layer are bitwise the same, and another training step has others.
+            turns = query[0, 0, -1].astype(mstype.float32).sum() * 12345.678
+            return ((turns - ops.floor(turns)) * 2.0**24).astype(mstype.int32) + self.salt
+        step = self.dropout_step + 0
+        self.advance(self.dropout_step, self.one)
+        return step * _signed(_GOLDEN) + self.salt
+
+
+def _signed(value):
+    """The int32 with the bits of ``value`` modulo 2**32."""
+    value &= 0xFFFFFFFF
+    return value - 2**32 if value >= 2**31 else value
+
+
+def _cell_seed(index):
+    """Seed of the ``index``-th Cell of this process: no two layers of a model drop the same places."""
+    return _signed((ms.get_seed() or 0) * _MIX + index * _MIX * _MIX)
