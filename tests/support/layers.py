@@ -36,13 +36,13 @@ def _run(formula, params, arrays, d_out, dtype):
     return np.asarray(out), [np.asarray(x) for x in grads], named
 
 
-def check_layer(got, formula, params, arrays, d_out, dtype="float32", slack=1.0):
+def check_layer(got, formula, params, arrays, d_out, dtype="float32"):
     """Output, input gradients and parameter gradients against the judge; naive: the formula in float32."""
     want, naive = judge(formula, params, arrays, d_out), _run(formula, params, arrays, d_out, jnp.float32)
     for part, direction in ((0, FORWARD), (1, GRADIENTS)):
         select = [_named(results, part) for results in (got, want, naive)]
         assert set(select[0]) == set(select[1])
-        assert_close(select[0], select[1], [select[2]], dtype, direction, slack)
+        assert_close(select[0], select[1], [select[2]], dtype, direction)
 
 
 def _named(results, part):
