@@ -51,6 +51,7 @@ def _present(spec):
         "kv_lengths": spec.kv_lengths,
         "q_offset": spec.dynamic_offset,
         "dropout_seed": spec.dropout_rate > 0,
+        "origin": False,  # a call from MindSpore is a whole one
     }
     return tuple(index for index, name in enumerate(_FIELDS) if has.get(name, True))
 
