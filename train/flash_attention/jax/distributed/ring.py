@@ -7,6 +7,7 @@ two overlap wherever the compiler sends asynchronously.
 """
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple, Optional
 
 import jax
@@ -55,39 +56,26 @@ def pair_spec(plan):
     dynamic = placed and (spec.dynamic_offset or not alone)
     batch, heads = spec.batch // plan.batch_parts, plan.ring_heads
 
-    def shape(whole, cut_keys):
-        if whole is None or len(whole) == 2:
+    def shape(whole):
+        if whole is None or len(whole) == 2:  # absent, or compact
             return whole
-        b, n, rows, keys = whole
-        keys = plan.kv_chunk if cut_keys and keys > 1 else keys
-        return batch if b > 1 else 1, heads if n > 1 else 1, plan.q_chunk if rows > 1 else 1, keys
+        part = (batch, heads, plan.q_chunk, plan.kv_chunk)
+        return tuple(size if of_whole > 1 else 1 for of_whole, size in zip(whole, part))
 
-    return spec.__class__(
+    return replace(
+        spec,
         batch=batch,
         heads=heads,
         kv_heads=plan.ring_kv_heads,
         q_len=plan.q_chunk,
         kv_len=plan.kv_chunk,
-        head_dim=spec.head_dim,
-        dtype=spec.dtype,
-        scale=spec.scale,
-        causal=spec.causal,
-        prev_block_num=spec.prev_block_num,
-        next_block_num=spec.next_block_num,
-        block_size=spec.block_size,
-        local_window_size=spec.local_window_size,
         q_offset=None if dynamic else (spec.offset if placed else 0),
         dynamic_offset=dynamic,
-        mask_shape=shape(spec.mask_shape, True),
-        compact_mask=spec.compact_mask,
-        bias_shape=shape(spec.bias_shape, True),
-        alibi_shape=None if spec.alibi_shape is None else ((heads,) if len(spec.alibi_shape) == 1 else (batch, heads)),
-        segments=spec.segments,
-        q_lengths=spec.q_lengths,
+        mask_shape=shape(spec.mask_shape),
+        bias_shape=shape(spec.bias_shape),
+        alibi_shape=None if spec.alibi_shape is None else (batch, heads)[-len(spec.alibi_shape) :],
         kv_lengths=spec.kv_lengths or plan.kv_pad > 0,
-        soft_cap=spec.soft_cap,
-        dropout_rate=spec.dropout_rate,
-        tile=spec.tile,
+        sinks=False,  # they join at the end
         wide=True,
     )
 
@@ -276,6 +264,8 @@ def _circulate_bwd(static, saved, cotangents):
     shard, out, lse = saved
     d_out, d_lse = cotangents
 
+    kv = shard.key, shard.value, shard.kv_ids
+
     def visit(state, kv, sums, source):
         def step(carry, pair):
             return _pair_backward(static, shard, kv, (out, lse), (d_out, d_lse), carry, pair)
@@ -286,7 +276,6 @@ def _circulate_bwd(static, saved, cotangents):
         return None if x is None else jnp.zeros(x.shape, jnp.float32)
 
     state = zeros(shard.query), zeros(shard.bias), zeros(shard.slopes)
-    kv = shard.key, shard.value, shard.kv_ids
     (d_query, d_bias, d_slopes), (d_key, d_value) = _go_round(
         static, visit, state, kv, (zeros(shard.key), zeros(shard.value))
     )

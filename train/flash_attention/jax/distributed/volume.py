@@ -26,6 +26,11 @@ def _hop_count(plan):
     return sum(count for _, count in plan.hops)
 
 
+def travel(plan):
+    """Bytes of the keys and values on their way round, in one direction of differentiation."""
+    return _hop_count(plan) * _sizes(plan)[2]
+
+
 def _exchanges(plan):
     """Bytes of the all-to-all and of the zig-zag placement, of all tensors, one way."""
     q, kv, ring_kv = _sizes(plan)
@@ -44,27 +49,25 @@ def _all_reduce(size, parts):
 
 def forward(plan):
     """Bytes of the forward direction."""
-    q, kv, ring_kv = _sizes(plan)
     if plan.strategy == "gather":
-        return kv * (plan.parts - 1)
+        return _sizes(plan)[1] * (plan.parts - 1)
     if plan.strategy == "merge":
         spec = plan.spec
         rows = spec.batch // plan.batch_parts * plan.local_heads * spec.q_len * 4
         return _all_reduce(rows * (spec.head_dim + 2), plan.parts)
-    return _exchanges(plan) + _hop_count(plan) * ring_kv
+    return _exchanges(plan) + travel(plan)
 
 
 def backward(plan):
     """Bytes of the backward direction; the gradients of keys and values travel in float32. Not of 'merge': None."""
-    q, kv, ring_kv = _sizes(plan)
     if plan.strategy == "merge":
         return None
     if plan.strategy == "gather":
-        return kv * (plan.parts - 1)
-    sums = 4 * ring_kv // _BYTES[plan.spec.dtype]
+        return forward(plan)
+    sums = 4 * _sizes(plan)[2] // _BYTES[plan.spec.dtype]
     # The first direction sends sums from the start, the others from their first hop on; both send them home at the end.
-    travel = sum((count + 1 if number == 0 else count) * (count > 0) for number, (_, count) in enumerate(plan.hops))
-    return _exchanges(plan) + _hop_count(plan) * ring_kv + travel * sums
+    hops = sum((count + 1 if number == 0 else count) * (count > 0) for number, (_, count) in enumerate(plan.hops))
+    return _exchanges(plan) + travel(plan) + hops * sums
 
 
 def cost(plan):

@@ -216,7 +216,7 @@ def _short(value):
 
 
 class AttentionRegistry:
-    """Mechanisms by name. A name may have aliases; :meth:`list_implementations` labels them."""
+    """Mechanisms by name. A name may have aliases, which :meth:`aliases` lists."""
 
     _classes = {}
     _aliases = {}

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 
 from flash_attention.core import reference
 from flash_attention.core.errors import Reason
+from flash_attention.jax.engines.reference import NAMESPACE
 from flash_attention.jax.flexible.output import AttentionOutput
 from flash_attention.jax.flexible.partition import TRAIN
 from flash_attention.jax.flexible.registry import AttentionImpl, AttentionRegistry, output_of
@@ -29,7 +30,7 @@ class Vanilla(AttentionImpl):
 def _formula(spec, query, key, value, operands):
     wide = jnp.promote_types(query.dtype, jnp.float32)
     tensors = (jnp.swapaxes(x, 1, 2).astype(wide) for x in (query, key, value))
-    result = reference.forward(jnp, spec, *tensors, operands)
+    result = reference.forward(NAMESPACE, spec, *tensors, operands)
     out = jnp.swapaxes(result.out, 1, 2).astype(query.dtype)
     return AttentionOutput(result.dropped.astype(query.dtype), out)
 
