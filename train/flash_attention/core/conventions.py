@@ -33,6 +33,7 @@ class Call:
 
 
 _CELL_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), compact (T,T) or (1,T,T)"
+_SAME = "Sq = Sk"
 _FULL_MASKS = "broadcastable to (B,N,Sq,Sk)"
 _FUNCTION_MASKS = "broadcastable to (B,N,Sq,Sk), compact (T,T)"
 
@@ -59,7 +60,11 @@ CALLS = (
     Call("flash_attention.jax.grouped_query_attention", "BSND", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
     Call("flash_attention.nn.MultiQueryAttention", "x (B,Sq,E)", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
     Call("flash_attention.jax.MultiQueryAttention", "x (B,Sq,E)", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
-    Call("flash_attention.nn.TriangleAttention", "BNSD", "attention_mask", DISCARD, "(1|B,S,S)", "Sq = Sk, causal"),
+    Call("flash_attention.nn.dilated_attention", "BSND", "none", "-", "-", _SAME),
+    Call("flash_attention.jax.dilated_attention", "BSND", "none", "-", "-", _SAME),
+    Call("flash_attention.nn.DilatedAttention", "x (B,S,E)", "none", "-", "-", _SAME),
+    Call("flash_attention.jax.DilatedAttention", "x (B,S,E)", "none", "-", "-", _SAME),
+    Call("flash_attention.nn.TriangleAttention", "BNSD", "attention_mask", DISCARD, "(1|B,S,S)", _SAME),
 )
 
 

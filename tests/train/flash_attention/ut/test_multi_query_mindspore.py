@@ -49,8 +49,13 @@ class TestPynative(InMindSpore):
     mode = "pynative"
 
 
+@pytest.mark.slow
 class TestGraph(InMindSpore):
     mode = "graph"
+
+
+def test_graph():
+    TestGraph().check("tile", 2, 7, 12, True, None, "float32")
 
 
 # --- the layer ------------------------------------------------------------------------------------
