@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from support import in_jax, in_mindspore
+from support import in_mindspore
 from support.dilated import BAD_LAYERS, CASES, LAYER, X_OUT, Dilated, X, dense
 from support.judge import check
 
@@ -62,6 +62,9 @@ def test_graph_refuses():
     pytest.param("graph", True, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_layer_equals_its_twin(mode, recompute):
+    pytest.importorskip("jax")
+    from support import in_jax
+
     from flash_attention.jax import DilatedAttention as Twin
 
     cell = DilatedAttention(16, 2, causal=True, recompute=recompute, engine="portable", **LAYER)

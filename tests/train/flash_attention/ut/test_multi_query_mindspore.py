@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from support import in_jax, in_mindspore
+from support import in_mindspore
 from support.judge import check
 from support.multi_query import BAD_LAYERS, Grouped, H, rng
 
@@ -61,6 +61,9 @@ def test_graph():
 # --- the layer ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", MODES)
 def test_layer_equals_its_twin(mode):
+    pytest.importorskip("jax")
+    from support import in_jax
+
     from flash_attention.jax import MultiQueryAttention as Twin
 
     options = dict(kv_heads=2, causal=True, kv_head_mapping="tile", bias=True)

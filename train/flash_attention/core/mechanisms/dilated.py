@@ -230,9 +230,3 @@ def check_layer(layer, names, flags, dropout, distributed):
         remedy = "Sequence parallelism of this layer is not in this version."
         raise invalid_value(layer, "Distributed", "False", True, remedy)
     return dim, heads, resolved["causal"]
-
-
-def log_counts(patterns, causal):
-    """float64 (1, H, N, N) bias ``log(count)``, 0 where the count is 0 (hide those pairs by a mask)."""
-    counts = pair_counts(patterns, causal)
-    return np.log(np.maximum(counts, 1))[None].astype(np.float64)

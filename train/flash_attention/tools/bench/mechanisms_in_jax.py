@@ -5,12 +5,11 @@ Another mechanism is one more entry here and in ``mechanisms_in_mindspore.py``. 
 
 import functools
 
+from flash_attention.jax import dilated_attention
 from flash_attention.tools.bench.cases import geometric_patterns
 
 
 def _dilated(case):
-    from flash_attention.jax import dilated_attention
-
     sizes, rates = geometric_patterns(case.q_len)
     return functools.partial(dilated_attention, segment_size=sizes, dilation_rate=rates, is_causal=case.causal)
 

@@ -2,6 +2,7 @@
 
 from mindspore import nn
 
+from flash_attention.nn import dilated_attention
 from flash_attention.tools.bench.cases import geometric_patterns
 
 
@@ -12,8 +13,6 @@ class _Dilated(nn.Cell):
         self.causal = case.causal
 
     def construct(self, query, key, value):
-        from flash_attention.nn import dilated_attention
-
         query, key, value = query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
         return dilated_attention(query, key, value, self.sizes, self.rates, is_causal=self.causal).swapaxes(1, 2)
 
