@@ -16,6 +16,12 @@ PUBLIC = (
             ("nn/layer/flash_attention.py", "flash_attention.nn", ("FlashAttention",)),
             ("ops/functional.py", "flash_attention.ops", ("flash_attention",)),
             ("nn/layer/multi_query.py", "flash_attention.nn", ("MultiQueryAttention", "grouped_query_attention")),
+            ("nn/layer/dilated.py", "flash_attention.nn", ("DilatedAttention", "dilated_attention")),
+            (
+                "nn/layer/cross_modal.py",
+                "flash_attention.nn",
+                ("CrossModalAttention", "CrossModalBlock", "info_nce", "l2_normalize", "logit_scale"),
+            ),
             ("nn/layer/triangle_attention.py", "flash_attention.nn", ("TriangleAttention",)),
             ("nn/layer/projection.py", "flash_attention.nn", ("weights_of", "load_weights")),
             ("nn/layer/positions.py", "flash_attention.nn", ("Rotary", "XPos", "T5Bias", "alibi_bias")),

@@ -33,6 +33,8 @@ class Call:
 
 
 _CELL_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), compact (T,T) or (1,T,T)"
+_CROSS_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), key_padding_mask (B,Sk)"
+_SAME = "Sq = Sk"
 _FULL_MASKS = "broadcastable to (B,N,Sq,Sk)"
 _FUNCTION_MASKS = "broadcastable to (B,N,Sq,Sk), compact (T,T)"
 
@@ -75,7 +77,13 @@ CALLS = (
     Call("flash_attention.jax.grouped_query_attention", "BSND", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
     Call("flash_attention.nn.MultiQueryAttention", "x (B,Sq,E)", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
     Call("flash_attention.jax.MultiQueryAttention", "x (B,Sq,E)", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
-    Call("flash_attention.nn.TriangleAttention", "BNSD", "attention_mask", DISCARD, "(1|B,S,S)", "Sq = Sk, causal"),
+    Call("flash_attention.nn.dilated_attention", "BSND", "none", "-", "-", _SAME),
+    Call("flash_attention.jax.dilated_attention", "BSND", "none", "-", "-", _SAME),
+    Call("flash_attention.nn.DilatedAttention", "x (B,S,E)", "none", "-", "-", _SAME),
+    Call("flash_attention.jax.DilatedAttention", "x (B,S,E)", "none", "-", "-", _SAME),
+    Call("flash_attention.nn.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
+    Call("flash_attention.jax.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
+    Call("flash_attention.nn.TriangleAttention", "BNSD", "attention_mask", DISCARD, "(1|B,S,S)", _SAME),
 )
 
 

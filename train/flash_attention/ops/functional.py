@@ -132,12 +132,14 @@ def flash_attention(
 
 def _swap(x, axes):
     """BSND <-> BNSD. ``axes`` come from ``resolve``, so that a graph validates the ranks first."""
-    return computable(x).swapaxes(axes[0], axes[1]).astype(x.dtype)
+    if x.dtype == mstype.bfloat16 and on_cpu():  # the CPU has no bfloat16 transpose
+        return x.astype(mstype.float32).swapaxes(axes[0], axes[1]).astype(mstype.bfloat16)
+    return x.swapaxes(axes[0], axes[1])
 
 
 def computable(x):
-    """``x`` in a dtype that this device has kernels for: bfloat16 becomes float32 on the CPU."""
-    if x.dtype == mstype.bfloat16 and on_cpu():
+    """``x`` in a dtype that this device has kernels for, gradients too: half precision becomes float32 on the CPU."""
+    if x.dtype != mstype.float32 and on_cpu():
         return x.astype(mstype.float32)
     return x
 

@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from support import in_jax, in_mindspore
+from support import in_mindspore
 from support.judge import check
 from support.multi_query import BAD_LAYERS, Grouped, H, rng
 
@@ -49,13 +49,21 @@ class TestPynative(InMindSpore):
     mode = "pynative"
 
 
+@pytest.mark.slow
 class TestGraph(InMindSpore):
     mode = "graph"
+
+
+def test_graph():
+    TestGraph().check("tile", 2, 7, 12, True, None, "float32")
 
 
 # --- the layer ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", MODES)
 def test_layer_equals_its_twin(mode):
+    pytest.importorskip("jax")
+    from support import in_jax
+
     from flash_attention.jax import MultiQueryAttention as Twin
 
     options = dict(kv_heads=2, causal=True, kv_head_mapping="tile", bias=True)

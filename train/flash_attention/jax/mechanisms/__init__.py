@@ -4,6 +4,8 @@
 """
 
 MECHANISMS = {
+    "cross_modal": ("CrossModalAttention", "CrossModalBlock", "info_nce", "l2_normalize", "logit_scale"),
+    "dilated": ("DilatedAttention", "dilated_attention"),
     "multi_query": ("MultiQueryAttention", "grouped_query_attention"),
     "positions": ("alibi_bias", "rotary", "t5_bias", "xpos"),
 }

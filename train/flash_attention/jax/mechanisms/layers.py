@@ -52,3 +52,16 @@ def dense(params, x, dtype):
     """``x @ weight.T + bias`` in ``dtype``."""
     out = x.astype(dtype) @ params["weight"].astype(dtype).T
     return out + params["bias"].astype(dtype) if "bias" in params else out
+
+
+def layer_norm(params, x, epsilon, dtype):
+    """LayerNorm over the last axis, in float32 at least: ``params`` holds 'weight' and 'bias'."""
+    wide = x.astype(jnp.promote_types(dtype, jnp.float32))
+    centred = wide - wide.mean(-1, keepdims=True)
+    scaled = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + epsilon)
+    return (scaled * params["weight"] + params["bias"]).astype(dtype)
+
+
+def norm_init(width):
+    """Parameters of :func:`layer_norm`."""
+    return {"weight": jnp.ones(width), "bias": jnp.zeros(width)}

@@ -39,6 +39,20 @@ class Projection(nn.Cell):
         return out.reshape(x.shape[:-1] + (self.n_out,)).astype(self.dtype)
 
 
+class Norm(nn.Cell):
+    """LayerNorm over the last axis in float32; parameters 'weight' and 'bias', output in x's dtype."""
+
+    def __init__(self, width, epsilon):
+        super().__init__()
+        self.weight = Parameter(Tensor(np.ones(width, np.float32)), name="weight")
+        self.bias = Parameter(Tensor(np.zeros(width, np.float32)), name="bias")
+        self.norm = P.LayerNorm(-1, -1, epsilon)
+
+    def construct(self, x):
+        """Normalise."""
+        return self.norm(x.astype(mstype.float32), self.weight, self.bias)[0].astype(x.dtype)
+
+
 def _drawn(shape, bound, std):
     drawn = np.random.uniform(-bound, bound, shape) if std is None else std * np.random.standard_normal(shape)
     return Tensor(drawn.astype(np.float32))

@@ -148,6 +148,12 @@ class Case:
 _VALUED = ("window", "blocks", "soft_cap", "segments", "dropout")
 
 
+def geometric_patterns(length, first=2048):
+    """Dilated attention's ``(segment sizes, rates)``: both double as long as a segment fits into the length."""
+    rates = tuple(2**p for p in range(max(1, (length // first).bit_length())))
+    return tuple(first * rate for rate in rates), rates
+
+
 def round_to(x, dtype):
     """float32 values rounded to ``dtype`` (nearest even), still stored as float32."""
     if dtype == "float16":

@@ -8,6 +8,7 @@ from mindspore import nn, ops
 
 from flash_attention.ops import ENGINES, flash_attention
 from flash_attention.tools.bench.cases import SEED
+from flash_attention.tools.bench.mechanisms_in_mindspore import MECHANISMS
 
 CANDIDATES = ("naive", "auto")
 _DTYPES = {"float16": ms.float16, "bfloat16": ms.bfloat16, "float32": ms.float32}
@@ -17,12 +18,13 @@ def build(case, direction, candidate, arrays):
     """``(call, results)``: ``call()`` runs to completion, ``results()`` gives numpy (out, d_query), None where absent.
 
     Args:
-        candidate: 'naive', 'auto' or an engine of ``flash_attention.ops.ENGINES``; with '/pynative' it runs eagerly.
+        candidate: 'naive', 'auto', an engine of ``flash_attention.ops.ENGINES`` or a mechanism; with '/pynative' it
+            runs eagerly.
     """
     name, _, mode = candidate.partition("/")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     inputs = [ms.Tensor(arrays[name]).astype(_DTYPES[case.dtype]) for name in ("query", "key", "value", "d_out")]
-    net = _Naive(case) if name == "naive" else _Ours(case, name)
+    net = MECHANISMS[name](case) if name in MECHANISMS else _Naive(case) if name == "naive" else _Ours(case, name)
     if direction == "fwd+bwd":
         run = ops.GradOperation(get_all=True, sens_param=True)(net)
     else:
@@ -37,6 +39,8 @@ def build(case, direction, candidate, arrays):
         _finish(last["results"])
 
     def results():
+        if name in MECHANISMS:
+            return None, None  # not the plain formula's results: judged by the tests
         if direction == "fwd+bwd":
             return None, last["results"][0].astype(ms.float32).asnumpy()
         return last["results"].astype(ms.float32).asnumpy(), None

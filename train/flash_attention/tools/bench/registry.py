@@ -10,6 +10,7 @@ from flash_attention.tools.machine import installed
 SUITES = (
     ("flash_attention", "flash_attention.tools.bench.suite_jax"),
     ("flash_attention", "flash_attention.tools.bench.suite_mindspore"),
+    ("flash_attention", "flash_attention.tools.bench.suite_mechanisms"),
     ("flash_attention_infer", "flash_attention_infer.tools.bench"),
 )
 

@@ -1,0 +1,58 @@
+"""Benchmarks of the mechanisms: cost against the length, beside the dense core call at the same length."""
+
+from flash_attention.tools.bench.cases import Case
+from flash_attention.tools.bench.registry import (
+    Benchmark,
+    Entry,
+    Job,
+    at_least,
+    at_most,
+    quotient,
+    register,
+    said,
+)
+
+# --- dilated attention: w0 = 2,048 tokens, segments and rates doubling up to the whole length -------------------------
+
+_LENGTHS = (16384, 65536, 262144, 1048576)
+_DENSE_UP_TO = {"fwd": 65536, "fwd+bwd": 16384}
+_DILATED_UP_TO = {"fwd": 1048576, "fwd+bwd": 262144}
+
+
+def _case(length):
+    return Case(1, 2, length, 64, causal=True)
+
+
+def _dilated_jobs():
+    jobs = []
+    for way, longest in _DILATED_UP_TO.items():
+        for length in [n for n in _LENGTHS if n <= longest]:
+            names = ("dilated", "xla") if length <= _DENSE_UP_TO[way] else ("dilated",)
+            entries = tuple(Entry("JAX " + name, "jax", name, _case(length)) for name in names)
+            if way == "fwd" and length == _LENGTHS[0]:
+                entries += (Entry("MindSpore dilated", "mindspore", "dilated", _case(length)),)
+            jobs.append(Job("S{}".format(length), way, entries, base="JAX xla" if len(names) > 1 else None))
+    longest = (Entry("JAX dilated", "jax", "dilated", _case(_LENGTHS[-1])),)
+    return jobs + [Job("S{}".format(_LENGTHS[-1]), "fwd", longest, "memory")]
+
+
+def _dilated_figures(results, machine):
+    del machine
+    figures = []
+    for way, longest in _DILATED_UP_TO.items():
+        times = {n: results.value("S{}".format(n), way, "JAX dilated") for n in _LENGTHS if n <= longest}
+        for short, long in zip(list(times), list(times)[1:]):
+            name = "dilated {}: time, S={:,} / S={:,}".format(way, long, short)
+            figures.append(at_most(name, quotient(times[long], times[short]), 5.0))
+        dense = _DENSE_UP_TO[way]
+        gain = results.ratio("S{}".format(dense), way, "JAX xla", "JAX dilated")
+        figures.append(at_least("dilated {}: gain over dense at S={:,}".format(way, dense), gain, 1.5))
+    last = "S{}".format(_LENGTHS[-1])
+    figures.append(said("dilated fwd: S=1,048,576, time", results.value(last, "fwd", "JAX dilated"), "s"))
+    peak = results.value(last, "fwd", "JAX dilated", "peak_bytes", "memory")
+    figures.append(at_most("dilated fwd: S=1,048,576, peak memory of the process", quotient(peak, 1e9), 24.0, "GB"))
+    return figures
+
+
+_FRAMEWORKS = ("jax", "mindspore")
+register(Benchmark("dilated", "LongNet's mixture to S=1,048,576", _dilated_jobs, _dilated_figures, _FRAMEWORKS, 20.0))
