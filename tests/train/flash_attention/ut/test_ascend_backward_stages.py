@@ -225,6 +225,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(OPTIONS))
 def test_what_options_add(name):
     """At most so many vector cycles for both passes: one over fp16 scores takes 256, one over fp32 scores 512."""
