@@ -20,11 +20,21 @@ KEY_UNIT = 2048
 
 
 class _Part:
-    """Does nothing at any step; ``kernel`` is the backward kernel being written."""
+    """What the parts share: no work at any step. ``kernel`` is the backward kernel that is being written."""
 
     def __init__(self, kernel):
         self.kernel, self.api, self.local, self.gm = kernel, kernel.api, kernel.local, kernel.gm
         self.geometry, self.spec, self.tiles = kernel.geometry, kernel.spec, kernel.tiles
+
+    @staticmethod
+    def wanted(spec):
+        """Whether a call needs this part."""
+        raise NotImplementedError
+
+    @staticmethod
+    def output(geometry):
+        """The :class:`~flash_attention.ascend.program.GmTensor` it writes."""
+        raise NotImplementedError
 
     @staticmethod
     def buffers(geometry):
@@ -55,7 +65,7 @@ class BiasTiles(_Part):
     @staticmethod
     def output(geometry):
         spec = geometry.spec
-        axes = tile_axes(geometry, (spec.batch, spec.heads, max(2, spec.q_len), spec.kv_len))
+        axes = tile_axes(geometry, (spec.batch, spec.heads, spec.q_len, spec.kv_len))
         return GmTensor("bias_tiles", "float16", axes, "dS as tiles")
 
     def _tile(self, head, q_tile, key_tile):
