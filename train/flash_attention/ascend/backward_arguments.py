@@ -88,13 +88,13 @@ def _half(x):
 
 
 def probability_exponent(geometry):
-    """k such that the kernel computes ``2**k P``: about the logarithm of the number of keys that a query sees.
+    """k such that the kernel computes ``2**k P``: half the logarithm of the number of keys that a query sees.
 
-    The exponents of typical probabilities are then small, so their rounding to fp16 is, and small P stay normal.
+    P from 1 down to one share in all keys then have exponents about 0, which fp16 rounds least, and stay normal.
     """
     first, last = tasks.visible_keys(geometry.plan())
     seen = np.mean(np.maximum(last - first + 1, 1))
-    return min(14, int(np.log2(seen)))
+    return int(np.log2(seen) / 2.0)
 
 
 def row_statistics(geometry, out, lse, d_out, d_lse):

@@ -97,10 +97,11 @@ def _l1(geometry):
 
 def _cube(geometry):
     tiles, depth = geometry.tiles, geometry.depth
+    query_columns = depth + (FRACTAL if geometry.spec.alibi_shape is not None else 0)
     return cube_buffers() + [
         Buffer("scores", "L0C", "float32", tiles.q * tiles.kv, "S transposed - lse / scale"),
         Buffer("d_probs", "L0C", "float32", tiles.q * tiles.kv, "dP transposed - delta"),
-        Buffer("sums", "L0C", "float32", max(2 * tiles.kv, tiles.q) * depth, "dV and dK, or dQ"),
+        Buffer("sums", "L0C", "float32", max(2 * tiles.kv * depth, tiles.q * query_columns), "dV and dK, or dQ"),
     ]
 
 

@@ -20,11 +20,21 @@ KEY_UNIT = 2048
 
 
 class _Part:
-    """Does nothing at any step; ``kernel`` is the backward kernel being written."""
+    """What the parts share: no work at any step. ``kernel`` is the backward kernel that is being written."""
 
     def __init__(self, kernel):
         self.kernel, self.api, self.local, self.gm = kernel, kernel.api, kernel.local, kernel.gm
         self.geometry, self.spec, self.tiles = kernel.geometry, kernel.spec, kernel.tiles
+
+    @staticmethod
+    def wanted(spec):
+        """Whether a call needs this part."""
+        raise NotImplementedError
+
+    @staticmethod
+    def output(geometry):
+        """The :class:`~flash_attention.ascend.program.GmTensor` it writes."""
+        raise NotImplementedError
 
     @staticmethod
     def buffers(geometry):
@@ -55,7 +65,7 @@ class BiasTiles(_Part):
     @staticmethod
     def output(geometry):
         spec = geometry.spec
-        axes = tile_axes(geometry, (spec.batch, spec.heads, max(2, spec.q_len), spec.kv_len))
+        axes = tile_axes(geometry, (spec.batch, spec.heads, spec.q_len, spec.kv_len))
         return GmTensor("bias_tiles", "float16", axes, "dS as tiles")
 
     def _tile(self, head, q_tile, key_tile):
@@ -145,10 +155,7 @@ class SlopeSums(_Part):
         tiles = geometry.tiles
         piece = tiles.groups * FRACTAL
         buffers = [
-            Buffer(
-                "slope_l0c", "L0C", "float32", tiles.q * FRACTAL, "sums of dS over the keys, in rows of each fractal"
-            ),
-            Buffer("slope_ub", "UB", "float32", tiles.q * FRACTAL, "the same, to be stored"),
+            Buffer("slope_ub", "UB", "float32", tiles.q * FRACTAL, "sums of dS over the keys, in rows of each fractal"),
         ]
         if _sees_later_keys(geometry.spec):
             buffers.append(Buffer("signed", "UB", "float16", piece * tiles.kv, "sign(position - key), then +-dS"))
@@ -161,10 +168,11 @@ class SlopeSums(_Part):
             for number, unit in enumerate((1.0, -1.0)):
                 fill(self.api, Lanes(self.local["units"], number * HALF_LANES), unit, 1, mask=HALF_LANES)
         for piece in range(self.geometry.pieces):
-            self.kernel.clear_sums(self._sums(piece), FRACTAL, self.kernel.rows)
+            self.kernel.clear_sums(self._sums(piece).at(), FRACTAL, self.kernel.rows)
 
     def _sums(self, piece):
-        return self.local["slope_l0c"][piece * self.kernel.rows * FRACTAL]
+        """Behind dQ in L0C, a tile a piece: zN, 16 rows."""
+        return Place(self.local["sums"], self.tiles.q * self.geometry.depth + piece * self.kernel.rows * FRACTAL)
 
     def vector(self, pair, piece, d_scores):
         """Give dS the sign of position - key; before the diagonal there is nothing to do."""
@@ -189,12 +197,12 @@ class SlopeSums(_Part):
         left = Operand(pair.key, self.tiles.kv, FRACTAL, transposed=True, offset=self.tiles.kv * self.geometry.depth)
         name = "signed_l1" if "signed_l1" in self.local else "d_scores_l1"
         right = Operand(self.local[name], self.tiles.kv, self.kernel.rows, offset=piece * pair.elements)
-        self.kernel.cube.multiply(self._sums(piece), left, right, accumulate=True)
+        self.kernel.cube.multiply(self._sums(piece).at(), left, right, accumulate=True)
 
     def finish(self, head, tile):
         geometry = self.geometry
         source = Place(self.local["slope_ub"])
-        layout.drain(self.api, source, Place(self.local["slope_l0c"]), 1, geometry.q_groups)
+        layout.drain(self.api, source, self._sums(0), 1, geometry.q_groups)
         for number, row in enumerate(KEY_SUMS):
             offset = ((head * len(KEY_SUMS) + number) * geometry.q_tiles + tile) * self.tiles.q
             store_row(self.api, Place(self.gm["slope_sums"], offset), source, row, geometry.q_groups)

@@ -1,6 +1,7 @@
 """The kernels as numpy functions: built once a spec and run on the TIK simulator. Needs neither MindSpore nor CANN."""
 
 import functools
+import threading
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from flash_attention.ascend.geometry import Geometry
 from flash_attention.ascend.limits import supports
 from flash_attention.ascend.simulator import Toolkit
 from flash_attention.core.spec import Operands
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def forward(spec, query, key, value, operands=Operands(), tiles=None, chip=ASCEND_910A):
@@ -45,7 +48,7 @@ def run_forward(kernel, geometry, cores, query, key, value, operands):
     """Run a kernel that was built for ``geometry`` and ``cores``; arguments and result as in :func:`forward`."""
     tensors = [np.asarray(x) for x in (query, key, value)]
     feed = host.pack_forward(geometry, cores, *tensors, operands)
-    return host.unpack_forward(geometry, host.run(kernel, feed))
+    return host.unpack_forward(geometry, _run(kernel, feed))
 
 
 def backward(spec, saved, cotangents, tiles=None, chip=ASCEND_910A):
@@ -74,10 +77,16 @@ def run_backward(kernel, geometry, cores, saved, cotangents):
         [np.asarray(x) for x in (query, key, value)] + [operands] + [np.asarray(x) for x in (out, lse) + cotangents]
     )
     feed = pack_backward(geometry, cores, *arrays)
-    grads = unpack_backward(geometry, host.run(kernel, feed))
+    grads = unpack_backward(geometry, _run(kernel, feed))
     if "bias" in grads:
         grads["bias"] = grads["bias"].astype(operands.bias.dtype)
     return tuple(grads.get(name) for name in ("query", "key", "value", "bias", "slopes", "sinks"))
+
+
+def _run(kernel, feed):
+    """A kernel keeps its machine, and a compiled graph calls from threads of its own."""
+    with _ONE_AT_A_TIME:
+        return host.run(kernel, feed)
 
 
 @functools.lru_cache(maxsize=64)
