@@ -80,15 +80,19 @@ def allowed(want, naive, dtype, direction):
 _MEANINGLESS = 64.0  # a naive error beyond so many eps of the largest value
 
 
-def assert_close(got, want, naive, dtype, direction):
-    """Fail unless every tensor of `got` is as close to the float64 one in `want` as the table asks."""
+def assert_close(got, want, naive, dtype, direction, exps=1):
+    """Fail unless every tensor of `got` is as close to the float64 one in `want` as the table asks.
+
+    `exps`: how often a probability passes through exp where the naive implementation does it once. It matters in
+    MindSpore, whose exp is up to 50 units off on the CPU, and nowhere else.
+    """
     limits = allowed(want, naive, dtype, direction)
     for name in want:
         result = np.asarray(got[name], np.float64)
         assert result.shape == np.shape(want[name]), "{}: shape {}, not {}".format(
             name, result.shape, np.shape(want[name])
         )
-        found, limit = error(result, want[name]), limits[name]
+        found, limit = error(result, want[name]), exps * limits[name]
         assert found <= limit, "{}: error {:.3g}, allowed {:.3g} ({:.2f} times); largest value {:.3g}".format(
             name, found, limit, found / limit if limit else float("inf"), largest(want[name])
         )

@@ -12,6 +12,7 @@ import pytest
 from support.judge import check
 
 from flash_attention.core import reference
+from flash_attention.core.lse import merge
 from flash_attention.core.mechanisms import dilated as shared
 from flash_attention.core.mechanisms.positions import t5_bucket_table
 from flash_attention.core.spec import AttentionSpec, Operands
@@ -80,21 +81,38 @@ def dense(xp, case, counts=None, stop_weight_grad=False):
     return dict(results, out=out.swapaxes(1, 2))
 
 
-def frozen_weights(xp, case):
-    """Gradients with the mixture's weights held fixed: each pattern alone, with its share of the cotangent."""
-    (q, k, v, d_out), _ = draws(case)
-    q, k, v, d_out = (np.asarray(x.swapaxes(1, 2), xp.float64) for x in (q, k, v, d_out))
+def alone(xp, case):
+    """`[(spec, operands, out, lse)]` of each pattern, BHND, and q, k, v, d_out."""
+    (q, k, v, d_out), table = draws(case)
+    tensors = [np.asarray(x.swapaxes(1, 2), xp.float64) for x in (q, k, v, d_out)]
+    bias = None
+    if table is not None:
+        buckets = t5_bucket_table(case.length, case.length, bidirectional=not case.causal)
+        bias = table.T[None, :, buckets].astype(xp.float64)
     parts = []
     for pattern in case.patterns():
-        counts = shared.pair_counts((pattern,), case.causal)
-        shape = (1,) + counts.shape
-        spec = AttentionSpec(B, case.heads, case.heads, case.length, case.length, D, mask_shape=shape)
-        operands = Operands(mask=counts[None] > 0)
-        parts.append((spec, operands) + tuple(reference.attention(xp, spec, q, k, v, operands)))
-    total = np.logaddexp.reduce([part[3] for part in parts])
+        seen = shared.pair_counts((pattern,), case.causal)[None] > 0
+        shapes = dict(mask_shape=seen.shape, bias_shape=None if bias is None else bias.shape)
+        spec = AttentionSpec(B, case.heads, case.heads, case.length, case.length, D, **shapes)
+        operands = Operands(mask=seen, bias=bias)
+        parts.append((spec, operands) + tuple(reference.attention(xp, spec, *tensors[:3], operands)))
+    return parts, tensors
+
+
+def pattern_by_pattern(xp, case):
+    """:func:`dense`, with the output as one writes a mixture: a softmax a pattern, merged by their sums."""
+    parts, _ = alone(xp, case)
+    out, _ = merge(xp, [part[2] for part in parts], [part[3] for part in parts])
+    return dict(dense(xp, case), out=out.swapaxes(1, 2))
+
+
+def frozen_weights(xp, case):
+    """Gradients with the mixture's weights held fixed: each pattern alone, with its share of the cotangent."""
+    parts, (q, k, v, d_out) = alone(xp, case)
+    _, total = merge(xp, [part[2] for part in parts], [part[3] for part in parts])
     results = {}
     for spec, operands, _, lse in parts:
-        weight = np.exp(lse - np.where(np.isneginf(total), 0, total))
+        weight = xp.exp(lse - np.where(np.isneginf(total), 0, total))
         grads = reference.attention_grad(spec, q, k, v, operands, weight[..., None] * d_out)
         for name, grad in grads.items():
             results[name] = results.get(name, 0) + grad.swapaxes(1, 2)
@@ -104,7 +122,7 @@ def frozen_weights(xp, case):
 class Dilated:
     """A framework gives `run`, `functions`, and `function(**options)` of (q, k, v[, table])."""
 
-    slack = 1.0
+    exps = 1
 
     def results(self, case, **options):
         (q, k, v, d_out), table = draws(case)
@@ -115,12 +133,13 @@ class Dilated:
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_equals_one_softmax_with_counts(self, case):
         got = self.results(case)
-        check(got, lambda xp: dense(xp, case), case.dtype, self.functions, self.slack)
+        plain = functools.partial(pattern_by_pattern, case=case)
+        check(got, functools.partial(dense, case=case), case.dtype, self.functions, plain, self.exps)
 
     def test_frozen_weights(self):
         got = self.results(MIXTURE, stop_weight_grad=True)
         del got["out"]
-        check(got, lambda xp: frozen_weights(xp, MIXTURE), "float32", self.functions, self.slack)
+        check(got, functools.partial(frozen_weights, case=MIXTURE), "float32", self.functions, exps=self.exps)
 
     def forward(self, tensors, **options):
         return self.run(self.function(**options), tensors)[0]

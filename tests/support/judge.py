@@ -23,11 +23,15 @@ def naive_results(compute, dtype, functions=None):
     return runs
 
 
-def check(got, compute, dtype="float32", functions=None):
-    """Fail unless each result in `got` is as close to the formula's float64 result as the table of tolerances asks."""
-    want, naive = compute(np), naive_results(compute, dtype, functions)
+def check(got, compute, dtype="float32", functions=None, plain=None, exps=1):
+    """Fail unless each result in `got` is as close to the formula's float64 result as the table of tolerances asks.
+
+    `plain`: the formula of the naive implementation, where that would compute in other steps than the judge; `exps` as
+    in `tolerances.assert_close`.
+    """
+    want, naive = compute(np), naive_results(plain or compute, dtype, functions)
     for forward, direction in ((True, FORWARD), (False, GRADIENTS)):
         names = [name for name in got if (name in ("out", "lse")) == forward]
         if names:
             select = [{name: results[name] for name in names} for results in [got, want] + naive]
-            assert_close(select[0], select[1], select[2:], dtype, direction)
+            assert_close(select[0], select[1], select[2:], dtype, direction, exps)

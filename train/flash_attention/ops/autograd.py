@@ -14,7 +14,7 @@ from flash_attention.core.spec import Operands
 class AttentionCell(nn.Cell):
     """One spec's attention: ``cell(query, key, value, *operands) -> (out, lse)``.
 
-    The operands are the ten of :class:`~flash_attention.core.spec.Operands`, in that order, None where absent. Owns no
+    The operands are the first ten of :class:`~flash_attention.core.spec.Operands`, in order, None where absent. Owns no
     parameter. Gradients reach query, key, value, bias, slopes and sinks; those of the other tensors are zeros.
 
     Args:
@@ -54,6 +54,11 @@ def _zeros(operand):
     return None if operand is None else ops.zeros_like(operand)
 
 
+def cell_operands(operands):
+    """The ten that an :class:`AttentionCell` takes: a call from MindSpore is a whole one, its last field stays None."""
+    return operands[:-1]
+
+
 class DifferentiableEngine:
     """What an engine gives as ``Engine.run``: Cells made once a spec, and an eager call on top of them.
 
@@ -73,4 +78,4 @@ class DifferentiableEngine:
 
     def __call__(self, spec, query, key, value, operands=Operands()):
         """``(out, lse)`` for callers outside a graph."""
-        return self.cell(spec)(query, key, value, *operands)
+        return self.cell(spec)(query, key, value, *cell_operands(operands))

@@ -10,6 +10,7 @@ from flash_attention.core.alibi import alibi_slopes  # noqa: E402
 from flash_attention.core.reference import attention, attention_grad  # noqa: E402
 from flash_attention.core.spec import AttentionSpec, Operands  # noqa: E402
 from flash_attention.ops.aclnn import ENGINE, constraints, device, mapping, model, passes  # noqa: E402
+from flash_attention.ops.autograd import cell_operands  # noqa: E402
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 
@@ -244,7 +245,7 @@ def test_passes_on_the_model_agree_with_the_reference(spec):
     want_out, want_lse = attention(np, spec, *[x.astype(np.float64) for x in (q, k, v)], operands=wide)
     want = attention_grad(spec, q, k, v, operands, d_out, d_lse)
 
-    tensors = [None if x is None else ms.Tensor(x) for x in (q, k, v) + tuple(operands)]
+    tensors = [None if x is None else ms.Tensor(x) for x in (q, k, v) + cell_operands(operands)]
     out, lse = passes.Forward(spec, on_model(model.flash_attention_score))(*tensors)
     check("forward", {"out": out}, {"out": want_out})
     shift = spec.bias_shape is not None or spec.alibi_shape is not None
