@@ -1,9 +1,10 @@
 """The cost model: cycles a pipe, time and what bounds it, of a whole call, from a few traced tasks of its own kernel.
 
 The call's kernel is built as for the device and walked without data (``Tik.count``) for a few of its tasks, shortened
-to a few key tiles. Their schedules give, by least squares, ``time of a task = a + b * visited tile pairs``; the split
-of the tasks over the cores, the one that the kernel is launched with, gives the time of each core. The rates are those
-of :class:`~flash_attention.ascend.simulator.chips.Rates`, with their sources; :data:`SCENARIOS` vary what is assumed.
+to a few key tiles, one alone and two in a row. Their schedules give, by least squares, ``time of a core = a0 +
+a1 * tasks + b * visited tile pairs``; the split of the tasks over the cores, the one that the kernel is launched with,
+gives tasks and pairs of each core. The rates are those of :class:`~flash_attention.ascend.simulator.chips.Rates`, with
+their sources; :data:`SCENARIOS` vary what is assumed.
 Nothing here was measured on a device.
 """
 
@@ -28,8 +29,8 @@ from flash_attention.core.errors import invalid_value
 
 SAMPLE_TILES = (2, 4, 8)
 """Tiles of the inner loop that the sampled tasks are shortened to."""
-MOST_SAMPLED = 2
-"""Sampled tasks of a pass."""
+MOST_SAMPLED = 4
+"""Sampled runs of tasks of a pass, a core each."""
 
 FLOPS = {"forward": 4, "backward": 10}
 """Floating-point operations for a visible (query, key) pair and head dimension: two products, or five."""
@@ -60,17 +61,18 @@ SCENARIOS = (
 
 
 class Fit(NamedTuple):
-    """``time of a task = start + pair * visited tile pairs``, in cycles.
+    """``time of a core = core + task * tasks + pair * visited tile pairs``, in cycles.
 
     Attributes:
         name: 'forward', or the backward kernel's pass, 'keys' or 'queries'.
-        start, pair: the two coefficients.
-        residual: largest relative error over the sampled tasks.
-        samples: pairs (visited, cycles).
+        core, task, pair: the coefficients.
+        residual: largest relative error over the samples.
+        samples: (tasks, visited, cycles) of each.
     """
 
     name: str
-    start: float
+    core: float
+    task: float
     pair: float
     residual: float
     samples: Tuple
@@ -200,17 +202,20 @@ class _Pass(NamedTuple):
 
     @property
     def sampled(self):
-        """At most MOST_SAMPLED tasks: with the fewest and with the most visited tiles."""
+        """[start, stop) of at most MOST_SAMPLED runs: the tasks with the fewest and the most visited tiles, each alone
+        and with the next one."""
         firsts = np.unique(self.visited, return_index=True)[1]
-        return sorted({int(firsts[0]), int(firsts[-1])})
+        last = int(self.shares.max())
+        return sorted(
+            {(task, min(task + count, last)) for task in (int(firsts[0]), int(firsts[-1])) for count in (1, 2)}
+        )
 
-    def core_totals(self):
-        """(cores, 2): tasks and visited pairs of each core."""
-        count = len(self.visited)
-        items = np.arange(self.shares.max() if len(self.shares) else 0)
-        total = np.concatenate([[0], np.cumsum(self.visited[items % count])])
-        start, stop = self.shares.T
-        return np.stack([stop - start, total[stop] - total[start]], axis=1)
+
+def _features(shares, visited):
+    """(shares, 3): 1, tasks, and visited pairs of each [start, stop) of the (head, task) sequence."""
+    total = np.concatenate([[0], np.cumsum(visited[np.arange(np.max(shares)) % len(visited)])])
+    start, stop = np.asarray(shares).T
+    return np.stack([np.ones(len(start)), stop - start, total[stop] - total[start]], axis=1)
 
 
 class _Kernel(NamedTuple):
@@ -267,45 +272,38 @@ _KERNELS = {
 
 # --- samples, and the whole call --------------------------------------------------------------------------------------
 def _measure(built, one, issue):
-    """(visited, Schedule) of every sampled task, each alone on a core."""
-    measured, before = [], np.full(len(one.visited), -1)
+    """(features, Schedule) of every sample, each on a core of its own."""
     shares = np.zeros((MOST_SAMPLED, tasks.CORE_FIELDS), np.int32)
-    for core, task in enumerate(one.sampled):
-        shares[core, one.column : one.column + 2] = task, task + 1
+    shares[: len(one.sampled), one.column : one.column + 2] = one.sampled
+    measured, before = [], np.full(len(one.sampled), -1)
     for most in SAMPLE_TILES:
         feed, visited = one.tables(most)
-        longer = [core for core, task in enumerate(one.sampled) if visited[task] > before[task]]
+        features = _features(one.sampled, visited)
+        longer = np.flatnonzero(features[:, 2] > before).tolist()
         trace = built.count(dict(feed, cores=shares), longer)
-        measured += [(visited[one.sampled[core]], schedule(trace.cores[core], issue)) for core in longer]
-        before = visited
+        measured += [(features[core], schedule(trace.cores[core], issue)) for core in longer]
+        before = features[:, 2]
     return measured
-
-
-def _line(visited, values):
-    """Least squares of ``values`` (samples, quantities) over (1, visited): (2, quantities)."""
-    return np.linalg.lstsq(np.stack([np.ones(len(visited)), visited], axis=1), values, rcond=None)[0]
 
 
 def _whole_call(measured, passes):
     """The fields of :class:`Prediction` that the samples of each pass give."""
-    fits, totals, core_pairs = [], 0, 0
+    fits, totals, pairs = [], 0, 0
     for one, samples in zip(passes, measured):
-        visited = np.array([pairs for pairs, _ in samples], np.float64)
-        rows = [[s.cycles] + [s.busy[pipe] for pipe in PIPES] + [s.gm_bytes] for _, s in samples]
-        values = np.array(rows, np.float64)
-        line = _line(visited, values)
-        cycles = values[:, 0]
-        error = np.abs(line[0, 0] + line[1, 0] * visited - cycles) / cycles
-        points = tuple(zip(visited.astype(int).tolist(), cycles.tolist()))
-        fits.append(Fit(one.name, float(line[0, 0]), float(line[1, 0]), float(error.max()), points))
-        totals = totals + one.core_totals() @ line
-        core_pairs = core_pairs + one.core_totals()[:, 1]
+        features = np.array([row for row, _ in samples])
+        values = np.array([[s.cycles] + [s.busy[pipe] for pipe in PIPES] + [s.gm_bytes] for _, s in samples])
+        factors = np.linalg.lstsq(features, values, rcond=None)[0]
+        error = np.abs((features @ factors)[:, 0] / values[:, 0] - 1)
+        points = [(int(row[1]), int(row[2]), cycles) for row, cycles in zip(features, values[:, 0].tolist())]
+        fits.append(Fit(one.name, *factors[:, 0].tolist(), float(error.max()), tuple(points)))
+        work = _features(one.shares, one.visited)
+        totals, pairs = totals + work @ factors, pairs + work[:, 2]
     last = int(np.argmax(totals[:, 0]))
     return {
         "cycles": float(totals[last, 0]),
         "busy": dict(zip(PIPES, totals[last, 1:-1].tolist())),
         "gm_bytes": float(totals[:, -1].sum()),
-        "pairs": int(core_pairs[last]),
+        "pairs": int(pairs[last]),
         "fits": fits,
         "timeline": measured[0][-1][1],
     }

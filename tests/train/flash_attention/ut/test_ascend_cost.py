@@ -228,8 +228,7 @@ def test_the_prediction_is_the_time_of_the_whole_call(name, direction):
     tiles = KernelTiles(128, 128, 2, 4) if direction == "forward" else KernelTiles(128, 128, 1, 4)
     got = predict(spec, direction, chip, tiles=tiles)
     want = max(whole_cores(spec, direction, tiles, chip))
-    assert near(got.cycles, want, 0.08)
-    assert got.residual <= 0.05
+    assert near(got.cycles, want, 0.03)
 
 
 @pytest.mark.slow
@@ -245,7 +244,7 @@ def test_one_tile_needs_no_line():
     """A call of a single tile: the fit has one point, which it meets."""
     got = predict(AttentionSpec(1, 1, 1, 16, 16, 16, "float16"))
     assert got.pairs == 1
-    assert near(got.cycles, got.fits[0].samples[0][1], 1e-6)
+    assert near(got.cycles, got.fits[0].samples[0][2], 1e-6)
 
 
 def test_scenarios_move_what_they_vary():
