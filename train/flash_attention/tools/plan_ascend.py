@@ -62,11 +62,15 @@ def draw(got, path):
                 if width > 5:
                     buffers.text(left + width / 2, scope, buffer.name, ha="center", va="center", fontsize=7)
                 left += width
-    buffers.set(title="buffers of the {} kernel".format(got.direction), xlabel="% of the memory", xlim=(0, 100))
+    buffers.set(
+        title="buffers of the {} kernel".format(got.direction), xlabel="% of what a kernel may use", xlim=(0, 100)
+    )
     for pipe in PIPES:
         spans = [(start, stop - start) for record, start, stop in got.timeline.intervals if record.pipe == pipe]
         pipes.broken_barh(spans, (PIPES.index(pipe) - 0.4, 0.8))
-    pipes.set(title="one task of few tiles, predicted", xlabel="cycles", yticks=range(len(PIPES)), yticklabels=PIPES)
+    pipes.set(
+        title="a core's first tasks, shortened; predicted", xlabel="cycles", yticks=range(len(PIPES)), yticklabels=PIPES
+    )
     pipes.invert_yaxis()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -13,6 +13,7 @@ from support.ascend import Stage
 from flash_attention.ascend import cost, host, tasks
 from flash_attention.ascend.backward import build_backward
 from flash_attention.ascend.backward_arguments import pack_cores
+from flash_attention.ascend.budget import choose_tiles, fit_groups
 from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
 from flash_attention.ascend.forward import build_forward
 from flash_attention.ascend.geometry import KernelTiles
@@ -229,6 +230,15 @@ def test_the_prediction_is_the_time_of_the_whole_call(name, direction):
     got = predict(spec, direction, chip, tiles=tiles)
     want = max(whole_cores(spec, direction, tiles, chip))
     assert near(got.cycles, want, 0.03)
+
+
+@pytest.mark.parametrize("options, longer", [({}, True), ({"causal": True, "prev_block_num": 4}, False)])
+def test_the_auto_strategy_takes_the_tile_that_the_model_finds_faster(options, longer):
+    spec = replace(CALL, **options)
+    tiles = [fit_groups(spec, KernelTiles(128, keys, 2, 8)) for keys in (128, 256)]
+    times = [predict(spec, tiles=tile).seconds for tile in tiles]
+    assert choose_tiles(spec) == tiles[longer]
+    assert times[longer] < times[not longer]
 
 
 @pytest.mark.slow
