@@ -3,11 +3,14 @@
 A function returns Markdown lines, or None where this computer lacks what the table is made from (a framework).
 """
 
+import functools
 import importlib
 import importlib.util
 import json
 import os
+from dataclasses import replace
 
+from flash_attention.ascend import cost
 from flash_attention.core import conventions, dropout
 from flash_attention.core.spec import AttentionSpec
 from flash_attention.core.tiling import get_strategy, strategy_names
@@ -32,7 +35,7 @@ def pick(language, english, chinese):
 TESTS = ("**proven by the tests here**", "**本仓库测试验证**")
 DOCUMENTATION = ("from documentation only", "仅依据文档")
 NOT_RUN = ("same code, not run", "同一份代码，未运行")
-NOTHING_YET = ("kernels not in this version", "本版本不含内核")
+SIMULATED = ("kernels simulated, not run on a device", "内核经模拟验证，未在设备上运行")
 
 # product, MindSpore, Python, CANN, engines, state; a pair is (English, Chinese)
 CPU = ("x86-64 CPU, Linux", "x86-64 CPU，Linux")
@@ -43,7 +46,7 @@ SUPPORT = (
      ("JAX `xla`, `reference` (jax 0.6.2, newest)", "JAX `xla`、`reference`（jax 0.6.2、最新版）"), TESTS),
     (("Atlas A2 (910B), A3", "Atlas A2（910B）、A3"), "2.3-2.10", "3.9-3.12", "8.0.RC2-9.0.0", "`aclnn`",
      DOCUMENTATION),
-    (ASCEND_910, "2.2-2.6", "3.7-3.9", "7.0.RC1-8.1.RC1", "`tik`", NOTHING_YET),
+    (ASCEND_910, "2.2-2.6", "3.7-3.9", "7.0.RC1-8.1.RC1", "`tik`", SIMULATED),
     (ASCEND_910, "2.2-2.6", "3.7-3.9", "7.0.RC1-8.1.RC1", "`portable`", NOT_RUN),
     ("NVIDIA GPU", ("a GPU build", "GPU 版本"), ("as MindSpore", "同 MindSpore"), "-", "`portable`", NOT_RUN),
     (("NVIDIA GPU, Google TPU", "NVIDIA GPU、Google TPU"), "-", "3.10+", "-", "JAX `xla`", NOT_RUN),
@@ -235,6 +238,72 @@ def aclnn_limits(language):
     return lines
 
 
+# --- the kernels for Ascend 910 --------------------------------------------------------------------------------------
+_CALL = AttentionSpec(4, 8, 8, 4096, 4096, 128, "float16")
+_CALLS = (
+    (("dense", "稠密"), {}),
+    (("causal", "因果"), {"causal": True}),
+    (("causal, window of 4 blocks", "因果，窗口 4 块"), {"causal": True, "prev_block_num": 4}),
+)
+_SCENARIOS = (
+    ("as assumed", "按假设"),
+    ("exp, ln and division at the full vector rate", "exp、ln 与除法按向量全速"),
+    ("all reads from L2, none from HBM", "全部读取来自 L2，而非 HBM"),
+    ("10 more cycles an instruction", "每条指令多 10 个周期"),
+)
+
+
+@functools.lru_cache(maxsize=None)
+def _predicted(number, direction="forward", scenario=0):
+    """One of _CALLS by the cost model; the languages share it."""
+    spec = replace(_CALL, **_CALLS[number][1])
+    return cost.predict(spec, direction, scenario=cost.SCENARIOS[scenario])
+
+
+def kernel_budget(language):
+    """Every local buffer of the forward kernel for (4, 8, 4096, 128), dense."""
+    budget = _predicted(0).budget
+    header = pick(language, ("memory", "buffer", "type", "bytes", "holds"), ("存储", "缓冲区", "类型", "字节", "内容"))
+    rows = []
+    for scope, capacity in budget.chip.capacity:
+        total = "**{:,} / {:,}**".format(budget.used(scope), capacity)
+        rows.append(("**{}**".format(scope), "", "", total, pick(language, "used / available", "已用 / 可用")))
+        for buffer in budget.buffers:
+            if buffer.scope == scope:
+                size = "{} x {:,}".format(buffer.copies, buffer.bytes // buffer.copies)
+                rows.append((scope, "`{}`".format(buffer.name), buffer.dtype, size, buffer.content))
+    return markdown(header, rows)
+
+
+def kernel_cycles(language):
+    """What the cost model says of (4, 8, 4096, 128): time, what bounds it, and each pipe's share of the time."""
+    pipes = ("M", "V", "MTE1", "MTE2", "MTE3")
+    header = pick(language, ("call", "ms", "TFLOPS", "bound by"), ("调用", "毫秒", "TFLOPS", "瓶颈")) + pipes
+    header += ("GB", pick(language, "cycles a task, a tile pair", "每任务、每分块对的周期"))
+    rows = []
+    for direction in cost.FLOPS:
+        for number, (label, _) in enumerate(_CALLS):
+            got = _predicted(number, direction)
+            name = "{}, {}".format(pick(language, direction, {"forward": "前向", "backward": "反向"}[direction]),
+                                   pick(language, *label))  # fmt: skip
+            shares = ["{:.0%}".format(got.busy[pipe] / got.cycles) for pipe in pipes]
+            lines = "; ".join("{:,.0f}, {:,.0f}".format(fit.task, fit.pair) for fit in got.fits)
+            figures = ["{:.3g}".format(1e3 * got.seconds), "{:.0f}".format(got.tflops), got.bound]
+            rows.append([name] + figures + shares + ["{:.2f}".format(got.gm_bytes / 1e9), lines])
+    return markdown(header, rows)
+
+
+def kernel_sensitivity(language):
+    """The dense forward call under each assumption that nobody published a figure for."""
+    header = pick(language, ("assumption", "ms", "bound by", "cube busy"), ("假设", "毫秒", "瓶颈", "立方单元占用"))
+    rows = []
+    for number, label in enumerate(_SCENARIOS):
+        got = _predicted(0, scenario=number)
+        cube = "{:.0%}".format(got.cube_utilisation)
+        rows.append((pick(language, *label), "{:.3g}".format(1e3 * got.seconds), got.bound, cube))
+    return markdown(header, rows)
+
+
 # --- measurements -----------------------------------------------------------------------------------------------------
 def _reports():
     names = sorted(os.listdir(BENCHMARKS)) if os.path.isdir(BENCHMARKS) else []
@@ -310,6 +379,9 @@ TABLES = {
     "engines-mindspore": engines_mindspore,
     "engines-jax": engines_jax,
     "aclnn-limits": aclnn_limits,
+    "kernel-budget": kernel_budget,
+    "kernel-cycles": kernel_cycles,
+    "kernel-sensitivity": kernel_sensitivity,
     "measured": measured,
     "measured-targets": measured_targets,
 }

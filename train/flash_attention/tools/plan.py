@@ -1,5 +1,10 @@
-"""`python -m flash_attention plan`: draw which tiles a call visits, without computing anything."""
+"""`python -m flash_attention plan`: draw which tiles a call visits, without computing anything; `--ascend`: what the
+Ascend 910 kernels would do with it.
+"""
 
+import importlib
+
+from flash_attention.core.errors import invalid_value
 from flash_attention.core.plan import make_plan
 from flash_attention.core.spec import NO_LIMIT, AttentionSpec
 from flash_attention.core.tiling import get_strategy, strategy_names
@@ -23,6 +28,11 @@ def add_arguments(parser):
     parser.add_argument("--head-dim", type=int, default=64, metavar="D", help="head size the strategy sees (64)")
     parser.add_argument("--tile", type=int, nargs=2, metavar=("Q", "KV"), help="compute tile (default: the strategy's)")
     parser.add_argument("--cores", type=int, default=1, metavar="N", help="split the query tiles over N cores")
+    parser.add_argument("--ascend", nargs="?", const="910A", choices=("910A", "310P"),
+                        help="predict the kernels' cycles on this chip (910A)")  # fmt: skip
+    parser.add_argument("--batch", type=int, metavar="N", help="batch size, with --ascend (default 1)")
+    parser.add_argument("--heads", type=int, metavar="N", help="heads, with --ascend (default 8)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw buffers and pipes, with --ascend")
 
 
 def run(args):
@@ -35,7 +45,13 @@ def run(args):
 
 
 def describe(args):
-    """The plan as text: the drawing, and the loads of the cores when there are several."""
+    """The plan as text: the drawing, and the loads of the cores when there are several; or the kernels' prediction."""
+    if args.ascend:
+        if args.tile or args.cores != 1:
+            raise invalid_value(LAYER, "tile and cores", "left out with --ascend: the kernels choose", "a value")
+        return importlib.import_module("flash_attention.tools.plan_ascend").describe(args, spec_of(args))
+    if args.plot or args.batch is not None or args.heads is not None:
+        raise invalid_value(LAYER, "plot, batch and heads", "given with --ascend only", "a value")
     plan = plan_of(args)
     if args.cores == 1:
         return str(plan)
@@ -43,15 +59,16 @@ def describe(args):
     return "{}\ntiles per core: {}".format(plan, " ".join(str(load) for load in loads))
 
 
-def plan_of(args):
-    """The :class:`~flash_attention.core.plan.TilePlan` that the arguments describe."""
+def spec_of(args):
+    """The :class:`~flash_attention.core.spec.AttentionSpec` that the arguments describe."""
     strategy = get_strategy(args.strategy, LAYER)
     block_size = strategy.block_size if args.block_size is None else args.block_size
     q_len = check_int(LAYER, "q_len", args.q_len, 1)
-    spec = AttentionSpec(
-        batch=1,
-        heads=1,
-        kv_heads=1,
+    heads = check_int(LAYER, "heads", 8 if args.heads is None else args.heads, 1)
+    return AttentionSpec(
+        batch=check_int(LAYER, "batch", 1 if args.batch is None else args.batch, 1),
+        heads=heads,
+        kv_heads=heads,
         q_len=q_len,
         kv_len=q_len if args.kv_len is None else check_int(LAYER, "kv_len", args.kv_len, 1),
         head_dim=check_int(LAYER, "head_dim", args.head_dim, 1),
@@ -61,6 +78,13 @@ def plan_of(args):
         block_size=check_int(LAYER, "block_size", block_size, 1),
         local_window_size=check_window(LAYER, args.window),
         q_offset=args.q_offset,
+        dtype="float16",
+        tiling=args.strategy,
     )
+
+
+def plan_of(args):
+    """The :class:`~flash_attention.core.plan.TilePlan` that the arguments describe; it is the same for every head."""
+    spec, strategy = spec_of(args), get_strategy(args.strategy, LAYER)
     tile = Tile(*args.tile) if args.tile else strategy.tiles(spec, Tile(128, 128))
     return make_plan(spec.band, spec.offset, tile.q, tile.kv, args.cores)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flash_attention.ascend import cost
 from flash_attention.core import reference
 from flash_attention.core.engine import Engine, EngineTable
 from flash_attention.core.errors import Reason
@@ -119,6 +120,47 @@ def test_plan_takes_the_block_size_and_tile_of_the_strategy(capsys):
     ],
 )
 def test_plan_refuses_bad_sizes(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan"] + words.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+ASCEND = "plan --ascend --q-len 256 --heads 2 --head-dim 64 --causal".split()
+
+
+def test_plan_predicts_the_ascend_kernels(capsys):
+    assert cli.main(ASCEND) == 0
+    text = capsys.readouterr().out
+    spec = AttentionSpec(1, 2, 2, 256, 256, 64, "float16", causal=True, tiling="sparse")
+    for direction in cost.FLOPS:
+        got = cost.predict(spec, direction)
+        assert "{} kernel\n{}\n".format(direction, got.budget) in text
+        assert "{:.3f} ms, {:.0f} TFLOPS".format(1e3 * got.seconds, got.tflops) in text
+    assert all(scenario.name in text for scenario in cost.SCENARIOS)
+    assert "not measured on a device" in text
+
+
+def test_plan_draws_the_ascend_kernels(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(cost, "SCENARIOS", (cost.ASSUMED,))
+    path = tmp_path / "kernel.png"
+    assert cli.main(ASCEND + ["--plot", str(path)]) == 0
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert path.stat().st_size > 10000
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--heads 4", "'plot, batch and heads' must be given with --ascend only"),
+        ("--ascend --tile 64 64", "'tile and cores' must be left out with --ascend"),
+        ("--ascend --heads 0", "'heads' must be an int >= 1, but got 0"),
+        ("--ascend --head-dim 300", "'head_dim' must be at most 256, but got 300"),
+        ("--ascend 910B", "invalid choice"),
+    ],
+)
+def test_plan_refuses_what_it_would_ignore(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan"] + words.split())
     assert stop.value.code == 2

@@ -1,7 +1,7 @@
 """What each chip has: capacities, scopes, and the rates the cost functions use. A further chip is one more table row.
 
-Sources: the platform files of the vendor's public tool chain for the Ascend 910 (capacities, bytes per cycle), the
-Ascend C sources for 310P. [U] marks a figure nobody published; the cost model varies those.
+Sources: [C] the platform files of the vendor's public tool chain for the Ascend 910 (capacities, bytes per cycle) and
+the Ascend C sources for 310P; [U] a figure nobody published, which the cost model varies (``cost.SCENARIOS``).
 """
 
 from dataclasses import dataclass, field
@@ -46,11 +46,12 @@ class Rates:
     """Throughput of one core in bytes (or multiply-adds) per cycle. Start-up and issue costs are unknown [U], hence 0.
 
     Attributes:
-        vector: bytes a simple vector instruction processes per cycle.
+        vector: bytes a simple vector instruction processes per cycle [C].
         slow_vector: factor for exp, ln, division, reciprocal and roots [U].
-        cube_fractals: 16 x 16 x 16 products per cycle.
+        cube_fractals: 16 x 16 x 16 products per cycle [C].
         scalar_access: cycles of one scalar read or write of UB [U].
-        others: bytes per cycle of the path they name; ``gm_*`` are HBM, ``l2_read`` where the data is in L2.
+        clock_mhz: [C] for 910A, [U] for 310P.
+        others: bytes per cycle of the path they name [C]; ``gm_*`` are HBM, ``l2_*`` where the data is in L2.
     """
 
     vector: int = 256
