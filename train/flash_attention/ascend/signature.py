@@ -25,10 +25,12 @@ def forward_signature(geometry, cores, with_lse):
     depth = geometry.depth // FRACTAL
     q_shape = (spec.batch, spec.heads, depth, geometry.q_rows // FRACTAL, FRACTAL, FRACTAL)
     kv_shape = (spec.batch, spec.kv_heads, depth, geometry.kv_rows // FRACTAL, FRACTAL, FRACTAL)
+    q_nd = (spec.batch, spec.heads, spec.q_len, spec.head_dim)
+    kv_nd = (spec.batch, spec.kv_heads, spec.kv_len, spec.head_dim)
     inputs = [
-        GmTensor("query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
-        GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
-        GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
+        GmTensor("query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd),
+        GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
+        GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
     ]
     if spec.mask_shape is not None:
         inputs.append(GmTensor("mask", "float16", mask_axes(geometry), "tiles: 0 = keep, -65504 = discard"))
@@ -45,7 +47,7 @@ def forward_signature(geometry, cores, with_lse):
     row = TASK_HEAD + len(TILE_FIELDS) * geometry.tiles.resident
     inputs.append(GmTensor("tasks", "int32", (geometry.q_tasks, row), "tasks.query_tasks"))
     inputs.append(GmTensor("cores", "int32", (cores, CORE_FIELDS), "tasks.split"))
-    outputs = [GmTensor("output", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)")]
+    outputs = [GmTensor("output", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd)]
     if with_lse:
         outputs.append(GmTensor("lse", "float32", (geometry.heads, geometry.q_rows), "natural logarithm"))
     return inputs, outputs
