@@ -98,7 +98,7 @@ def test_entry_module_has_the_operators_and_nothing_else():
     assert entry.__name__ == "flash_attention_forward__bounds"
     assert inspect.getfile(entry) == ENTRY  # MindSpore takes the path to import from here
     with pytest.raises(AttributeError, match="no attribute 'flash_attention_sideways'"):
-        flash_attention_tik.flash_attention_sideways
+        getattr(flash_attention_tik, "flash_attention_sideways")  # noqa: B009  (as the compile process asks)
 
 
 def test_entry_is_importable_by_its_path_alone(tmp_path):

@@ -8,12 +8,13 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 from flash_attention.ascend.backward import build_backward
-from flash_attention.ascend.backward_arguments import backward_signature
+from flash_attention.ascend.backward_arguments import backward_constants, backward_signature
 from flash_attention.ascend.backward_budget import choose_backward_tiles
 from flash_attention.ascend.budget import choose_tiles
 from flash_attention.ascend.chips import ASCEND_910A
 from flash_attention.ascend.forward import build_forward
 from flash_attention.ascend.geometry import Geometry, KernelTiles
+from flash_attention.ascend.host import forward_constants
 from flash_attention.ascend.signature import forward_signature
 from flash_attention.core.spec import AttentionSpec
 
@@ -72,6 +73,11 @@ class KernelRequest:
             return backward_signature(self.geometry, self.cores)
         return forward_signature(self.geometry, self.cores, self.kind == FORWARD)
 
+    def constants(self):
+        """The inputs that depend on no tensor, arrays by name: tables, bounds, the key's extra columns."""
+        make = backward_constants if self.kind == BACKWARD else forward_constants
+        return make(self.geometry, self.cores)
+
     @property
     def operator(self):
         """The kind and the arguments, of those not always there, that this kernel has."""
@@ -91,7 +97,7 @@ def build_operator(operator, tensors, request, kernel_name, disable_debug):
     """What an entry function does: check what the framework is going to pass, then build.
 
     Args:
-        operator: the operator's name.
+        operator: the operator's name, or only its kind where arguments may be absent.
         tensors: the framework's descriptions of inputs and outputs in order, dicts with 'shape' (in the kernel's
             format) and 'dtype'.
         request: text from :meth:`KernelRequest.to_json`.
@@ -102,7 +108,7 @@ def build_operator(operator, tensors, request, kernel_name, disable_debug):
         ValueError: the request is for another operator, or a tensor is not what the kernel takes.
     """
     wanted = KernelRequest.from_json(request)
-    if wanted.operator != operator:
+    if operator not in (wanted.operator, wanted.kind):
         text = "For '{}', the 'request' must be for it, but got one for '{}'."
         raise ValueError(text.format(operator, wanted.operator))
     inputs, outputs = wanted.signature()
