@@ -32,7 +32,7 @@ def pick(language, english, chinese):
 TESTS = ("**proven by the tests here**", "**本仓库测试验证**")
 DOCUMENTATION = ("from documentation only", "仅依据文档")
 NOT_RUN = ("same code, not run", "同一份代码，未运行")
-NOTHING_YET = ("kernels not in this version", "本版本不含内核")
+SIMULATED = ("simulated, not run on device", "仅在模拟器上运行，未在设备上运行")
 
 # product, MindSpore, Python, CANN, engines, state; a pair is (English, Chinese)
 CPU = ("x86-64 CPU, Linux", "x86-64 CPU，Linux")
@@ -43,7 +43,7 @@ SUPPORT = (
      ("JAX `xla`, `reference` (jax 0.6.2, newest)", "JAX `xla`、`reference`（jax 0.6.2、最新版）"), TESTS),
     (("Atlas A2 (910B), A3", "Atlas A2（910B）、A3"), "2.3-2.10", "3.9-3.12", "8.0.RC2-9.0.0", "`aclnn`",
      DOCUMENTATION),
-    (ASCEND_910, "2.2-2.6", "3.7-3.9", "7.0.RC1-8.1.RC1", "`tik`", NOTHING_YET),
+    (ASCEND_910, "2.2-2.6", "3.7-3.9", "7.0.RC1-8.1.RC1", "`tik`", SIMULATED),
     (ASCEND_910, "2.2-2.6", "3.7-3.9", "7.0.RC1-8.1.RC1", "`portable`", NOT_RUN),
     ("NVIDIA GPU", ("a GPU build", "GPU 版本"), ("as MindSpore", "同 MindSpore"), "-", "`portable`", NOT_RUN),
     (("NVIDIA GPU, Google TPU", "NVIDIA GPU、Google TPU"), "-", "3.10+", "-", "JAX `xla`", NOT_RUN),
