@@ -19,7 +19,9 @@ SPECS = {
         dropout_rate=0.2,
     ),
     "compact mask": replace(PLAIN, kv_len=40, q_offset=0, block_size=16, mask_shape=(16, 16), compact_mask=True),
-    "key bias": replace(PLAIN, bias_shape=(1, 1, 1, 50), alibi_shape=(1, 2), local_window_size=(20, 0)),
+    "key bias": replace(
+        PLAIN, kv_len=150, q_offset=110, bias_shape=(1, 1, 1, 150), alibi_shape=(1, 2), local_window_size=(90, 0)
+    ),
     "one key of a mask": replace(PLAIN, mask_shape=(1, 2, 40, 1)),
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ class SimulatedKernel:
         )
 
 
-def simulated_operator(request):
+def simulated_operator(part, whole):
     """Stands for ``custom.custom_operator``: the same inputs, outputs and inference."""
-    shapes, dtypes = custom.infer_functions(request)
-    return HostFunction(SimulatedKernel(request), len(request.signature()[0]), shapes, dtypes)
+    shapes, dtypes = custom.infer_functions(part, whole)
+    return HostFunction(SimulatedKernel(part), len(part.signature()[0]), shapes, dtypes)

@@ -42,7 +42,7 @@ graphStatus SetOutput(Operator &op, const char *output, const std::vector<int64_
 
 // One value for each query of each head, whole fractals of queries.
 std::vector<int64_t> RowsOf(const std::vector<int64_t> &query) {{
-  return {{query[0] * query[1], (query[2] + kFractal - 1) / kFractal * kFractal}};
+  return {{query[0], query[1], (query[2] + kFractal - 1) / kFractal * kFractal}};
 }}
 }}  // namespace
 {functions}

@@ -43,7 +43,9 @@ def backward_signature(geometry, cores):
         GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
         GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
         GmTensor("d_out", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd),
-        GmTensor("query_columns", "float16", (geometry.heads, 2, queries, FRACTAL), "extra columns of query and d_out"),
+        GmTensor(
+            "query_columns", "float16", geometry.batch_heads + (2, queries, FRACTAL), "extra columns of query and d_out"
+        ),
         GmTensor("key_columns", "float16", (keys, FRACTAL), "extra columns of key and value"),
     ]
     if spec.mask_shape is not None:
@@ -51,11 +53,13 @@ def backward_signature(geometry, cores):
     if spec.bias_shape is not None:
         inputs.append(GmTensor("bias", "float32", tile_axes(geometry, spec.bias_shape), "tiles"))
     if spec.alibi_shape is not None:
-        inputs.append(GmTensor("slopes", "float32", (geometry.heads, 2, 8), "eight times slope, eight times -slope"))
+        inputs.append(
+            GmTensor("slopes", "float32", geometry.batch_heads + (2, 8), "eight times slope, eight times -slope")
+        )
     if spec.dropout_rate:
         full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
         inputs.append(GmTensor("keep", "uint8", tile_axes(geometry, full), "tiles: 1 = keep, 0 = drop"))
-        inputs.append(GmTensor("minus_delta", "float16", (geometry.heads, queries), "-delta"))
+        inputs.append(GmTensor("minus_delta", "float16", geometry.batch_heads + (queries,), "-delta"))
     if needs_positions(spec):
         inputs.append(
             GmTensor("bounds", "float32", (BOUND_ROWS, queries), "first visible key, last visible key, position")
@@ -172,7 +176,8 @@ def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out,
     spec, constants = geometry.spec, backward_constants(geometry, cores)
     subtrahends = row_statistics(geometry, out, lse, d_out, d_lse)
     feed = {name: host.to_nz(x) for name, x in zip(("query", "key", "value", "d_out"), (query, key, value, d_out))}
-    feed["query_columns"] = pack_query_columns(geometry, subtrahends)
+    columns = pack_query_columns(geometry, subtrahends)
+    feed["query_columns"] = columns.reshape(geometry.batch_heads + columns.shape[1:])
     feed["key_columns"] = constants.pop("key_columns")
     if spec.mask_shape is not None:
         packed = host.pack_mask(geometry, operands.mask)
@@ -183,8 +188,9 @@ def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out,
         feed["slopes"] = host.pack_slopes(geometry, operands.slopes)
     if spec.dropout_rate:
         feed["keep"] = host.pack_keep(geometry, operands.dropout_seed)
-        feed["minus_delta"] = np.zeros((geometry.heads, geometry.q_tiles * geometry.tiles.q), np.float16)
-        feed["minus_delta"][:, : spec.q_len] = _half(-subtrahends[1].reshape(geometry.heads, -1))
+        shape = geometry.batch_heads + (geometry.q_tiles * geometry.tiles.q,)
+        feed["minus_delta"] = np.zeros(shape, np.float16)
+        feed["minus_delta"][..., : spec.q_len] = _half(-subtrahends[1])
     feed.update(constants)
     host.check_feed(feed, backward_signature(geometry, cores)[0])
     return feed
@@ -227,8 +233,8 @@ def _reduce_to(x, shape):
 
 
 def _slope_gradients(spec, sums):
-    """(B * N, 3, queries) sums of +-dS (1, key // KEY_UNIT, key % KEY_UNIT) -> (B, N) float32."""
-    total, high, low = np.moveaxis(sums[..., : spec.q_len].astype(np.float64), 1, 0)
+    """(B, N, 3, queries) sums of +-dS (1, key // KEY_UNIT, key % KEY_UNIT) -> (B, N) float32."""
+    total, high, low = np.moveaxis(sums[..., : spec.q_len].astype(np.float64), 2, 0)
     position = np.arange(spec.q_len) + spec.offset
     distances = position * total - KEY_UNIT * high - low
-    return -distances.sum(axis=-1).reshape(spec.batch, spec.heads).astype(np.float32)
+    return -distances.sum(axis=-1).astype(np.float32)

@@ -79,10 +79,9 @@ def pack_bias(geometry, bias):
 
 
 def pack_slopes(geometry, slopes):
-    """(N,) or (B, N) -> fp32 (B * N, 2, 8): eight times the slope, eight times its negative."""
-    spec = geometry.spec
-    flat = np.broadcast_to(np.asarray(slopes, np.float32), (spec.batch, spec.heads)).reshape(-1, 1, 1)
-    return np.ascontiguousarray(np.broadcast_to(np.concatenate([flat, -flat], axis=1), (geometry.heads, 2, 8)))
+    """(N,) or (B, N) -> fp32 (B, N, 2, 8): eight times the slope, eight times its negative."""
+    each = np.broadcast_to(np.asarray(slopes, np.float32), geometry.batch_heads)[..., None, None]
+    return np.repeat(np.concatenate([each, -each], axis=2), 8, axis=3)
 
 
 def pack_keep(geometry, seed):
@@ -162,7 +161,7 @@ def unpack_forward(geometry, outputs):
     out = from_nz(outputs[0], spec.q_len, spec.head_dim)
     if len(outputs) == 1:
         return out, None
-    lse = outputs[1].reshape(spec.batch, spec.heads, -1)[..., : spec.q_len]
+    lse = outputs[1][..., : spec.q_len]
     return out, np.ascontiguousarray(lse)
 
 

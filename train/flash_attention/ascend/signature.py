@@ -2,7 +2,8 @@
 
 FRACTAL_NZ is the frameworks' layout of query, key, value and output. The other tensors are plain (ND) ones that the
 host, or ordinary operators in front of the kernel, prepare: tiles are whole and contiguous, whatever the lengths, and
-transposed like the scores, ``[q1][key][16 queries]``.
+transposed like the scores, ``[q1][key][16 queries]``. An argument of rank 2 is a table that serves all heads; the
+leading axes of any other are batch and heads, of size 1 where shared.
 """
 
 from flash_attention.ascend.geometry import FRACTAL
@@ -37,7 +38,9 @@ def forward_signature(geometry, cores, with_lse):
     if spec.bias_shape is not None:
         inputs.append(GmTensor("bias", "float32", tile_axes(geometry, spec.bias_shape), "tiles"))
     if spec.alibi_shape is not None:
-        inputs.append(GmTensor("slopes", "float32", (geometry.heads, 2, 8), "eight times slope, eight times -slope"))
+        inputs.append(
+            GmTensor("slopes", "float32", geometry.batch_heads + (2, 8), "eight times slope, eight times -slope")
+        )
     if spec.dropout_rate:
         full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
         inputs.append(GmTensor("keep", "uint8", tile_axes(geometry, full), "tiles: 1 = keep, 0 = drop"))
@@ -49,7 +52,7 @@ def forward_signature(geometry, cores, with_lse):
     inputs.append(GmTensor("cores", "int32", (cores, CORE_FIELDS), "tasks.split"))
     outputs = [GmTensor("output", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd)]
     if with_lse:
-        outputs.append(GmTensor("lse", "float32", (geometry.heads, geometry.q_rows), "natural logarithm"))
+        outputs.append(GmTensor("lse", "float32", geometry.batch_heads + (geometry.q_rows,), "natural logarithm"))
     return inputs, outputs
 
 

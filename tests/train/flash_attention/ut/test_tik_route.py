@@ -13,7 +13,7 @@ from flash_attention.ascend import simulated
 from flash_attention.ascend.entry.request import BACKWARD, FORWARD, KernelRequest
 from flash_attention.ops import tik
 from flash_attention.ops.tik import custom
-from flash_attention.ops.tik.engine import kernels
+from flash_attention.ops.tik.engine import TikEngine
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
@@ -75,7 +75,7 @@ def test_route_gives_what_the_kernels_give(name, mode, in_mode):
     (query, key, value), operands, (d_out, d_lse) = make_tensors(spec)
     arrays = (query, key, value) + operands[:10]
     present = tuple(place for place, array in enumerate(arrays) if array is not None)
-    cell = WithGradients(kernels(simulated_operator).cell(spec), present)
+    cell = WithGradients(TikEngine(simulated_operator).cell(spec), present)
     results, grads = cell(tuple(Tensor(arrays[place]) for place in present), (Tensor(d_out), Tensor(d_lse)))
 
     out, lse = simulated.forward(spec, query, key, value, operands)
@@ -112,14 +112,14 @@ def test_registration_is_the_kernels_argument_list(kind, name):
 
 def test_custom_operator_names_the_entry_and_carries_the_request():
     request = KernelRequest.of(FORWARD, PLAIN)
-    operator = custom.custom_operator(request)
+    operator = custom.custom_operator(request, request)
     attributes = operator.get_attr_dict()
     assert (attributes["imply_path"], attributes["func_name"]) == (ENTRY, request.operator)
     assert KernelRequest.from_json(attributes["request"]) == request
     assert attributes["input_names"][:3] == ["query", "key", "value"]
     assert attributes["output_names"] == ["output", "lse"]
-    shapes, dtypes = custom.infer_functions(request)
-    assert shapes((1, 2, 40, 24)) == ((1, 2, 40, 24), (2, 48))
+    shapes, dtypes = custom.infer_functions(request, request)
+    assert shapes((1, 2, 40, 24)) == ((1, 2, 40, 24), (1, 2, 48))
     assert dtypes(ms.float16) == (ms.float16, ms.float32)
 
 

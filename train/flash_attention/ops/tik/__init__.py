@@ -22,7 +22,7 @@ _kernels = []  # at most one callable; a list so that registration is visible to
 
 
 def register_kernels(run):
-    """Let ``run(spec, query, key, value, operands)`` (with ``run.cell(spec)``) serve engine 'tik'."""
+    """Let ``run(spec, query, key, value, operands)`` (with ``run.cell(spec, shards)``) serve engine 'tik'."""
     if _kernels:
         raise ValueError("kernels for engine 'tik' are registered already")
     _kernels.append(run)
@@ -32,8 +32,8 @@ class _Seam:
     """Forwards to the registered kernels; ``supports`` has refused before when there are none."""
 
     @staticmethod
-    def cell(spec):
-        return _kernels[0].cell(spec)
+    def cell(spec, shards=(1, 1)):
+        return _kernels[0].cell(spec, shards)
 
     def __call__(self, spec, query, key, value, operands):
         return _kernels[0](spec, query, key, value, operands)

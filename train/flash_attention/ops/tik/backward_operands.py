@@ -34,7 +34,7 @@ def _parts(x):
 
 
 class QueryColumns(nn.Cell):
-    """(out, lse, d_out, d_lse) -> ``query_columns`` (B * N, 2, queries, 16), and ``minus_delta`` (B * N, queries)."""
+    """(out, lse, d_out, d_lse) -> ``query_columns`` (B, N, 2, queries, 16), and ``minus_delta`` (B, N, queries)."""
 
     def __init__(self, geometry):
         super().__init__(auto_prefix=False)
@@ -42,14 +42,13 @@ class QueryColumns(nn.Cell):
         queries = geometry.q_tiles * geometry.tiles.q
         nothing = np.zeros((spec.batch, spec.heads, spec.q_len), np.float32)
         # All that is no statistic: the marks of queries that exist, and those of queries that do not.
-        self.marks = Tensor(pack_query_columns(geometry, (nothing, nothing))[:1])
+        self.marks = Tensor(pack_query_columns(geometry, (nothing, nothing))[None, :1])
         self.shift = probability_exponent(geometry) * math.log(2.0)
         self.scale, self.kept = spec.scale, 1.0 - spec.dropout_rate
-        self.flat = (geometry.heads, 1, spec.q_len, 1)
-        self.pad = P.Pad(((0, 0), (0, 0), (0, queries - spec.q_len), (0, FRACTAL - 3)))
-        self.pad_row = P.Pad(((0, 0), (0, queries - spec.q_len)))
-        self.join = P.Concat(1)
-        self.row = (geometry.heads, spec.q_len)
+        self.column = geometry.batch_heads + (1, spec.q_len, 1)
+        self.pad = P.Pad(((0, 0), (0, 0), (0, 0), (0, queries - spec.q_len), (0, FRACTAL - 3)))
+        self.pad_row = P.Pad(((0, 0), (0, 0), (0, queries - spec.q_len)))
+        self.join = P.Concat(2)
 
     def construct(self, out, lse, d_out, d_lse):
         dead = _less(lse, _LOWEST)
@@ -59,9 +58,9 @@ class QueryColumns(nn.Cell):
         shifted = _select(dead, zeros, lse - self.shift) / self.scale
         columns = ()
         for statistic in (shifted, delta):
-            part = _cast(_parts(_reshape(-statistic, self.flat)), mstype.float16)
+            part = _cast(_parts(_reshape(-statistic, self.column)), mstype.float16)
             columns = columns + (self.pad(part),)
-        minus_delta = self.pad_row(_cast(_half(_reshape(-delta, self.row)), mstype.float16))
+        minus_delta = self.pad_row(_cast(_half(-delta), mstype.float16))
         return self.join(columns) + self.marks, minus_delta
 
 
@@ -72,8 +71,10 @@ class BiasGradient(nn.Cell):
         super().__init__(auto_prefix=False)
         spec = geometry.spec
         self.tiles = spec.bias_shape[2] > 1
-        self.rows = geometry.q_tiles * geometry.tiles.q if self.tiles else 1
-        self.whole = (spec.batch, spec.heads, self.rows, geometry.kv_tiles * geometry.tiles.kv)
+        rows, columns = (1, geometry.kv_rows)
+        if self.tiles:
+            rows, columns = geometry.q_tiles * geometry.tiles.q, geometry.kv_tiles * geometry.tiles.kv
+        self.whole = geometry.batch_heads + (rows, columns)
         self.size = (spec.batch, spec.heads, spec.q_len if self.tiles else 1, spec.kv_len)
         self.axes = tuple(axis for axis, size in enumerate(spec.bias_shape) if size == 1)
         self.factor = 1.0 / (1.0 - spec.dropout_rate)
@@ -88,7 +89,7 @@ class BiasGradient(nn.Cell):
 
 
 class SlopeGradient(nn.Cell):
-    """fp32 (B * N, 3, queries) sums of +-dS (1, key // KEY_UNIT, key % KEY_UNIT) -> gradient of the slopes."""
+    """fp32 (B, N, 3, queries) sums of +-dS (1, key // KEY_UNIT, key % KEY_UNIT) -> gradient of the slopes."""
 
     def __init__(self, geometry):
         super().__init__(auto_prefix=False)
@@ -96,12 +97,12 @@ class SlopeGradient(nn.Cell):
         position = np.arange(spec.q_len) + spec.offset
         weights = np.stack([-position, np.full_like(position, KEY_UNIT), np.ones_like(position)])
         self.weights = Tensor((weights / (1.0 - spec.dropout_rate)).astype(np.float32))
-        self.size = (geometry.heads, len(KEY_SUMS), spec.q_len)
-        self.shape, self.shared = (spec.batch, spec.heads), len(spec.alibi_shape) == 1
+        self.size = geometry.batch_heads + (len(KEY_SUMS), spec.q_len)
+        self.shared = len(spec.alibi_shape) == 1
 
     def construct(self, sums, slopes):
         # Position minus key first, query by query: the terms are far larger than their sum.
-        grads = _reshape(_sum(_sum(_slice(sums, (0, 0, 0), self.size) * self.weights, 1), -1), self.shape)
+        grads = _sum(_sum(_slice(sums, (0, 0, 0, 0), self.size) * self.weights, 2), -1)
         if self.shared:
             grads = _sum(grads, 0)
         return _cast(grads, slopes.dtype)

@@ -35,27 +35,37 @@ def framework_shape(argument):
     return argument.shape if argument.nd_shape is None else argument.nd_shape
 
 
-def infer_functions(request):
-    """``(out_shape, out_dtype)`` for ``ops.Custom``: functions of the inputs' shapes and dtypes."""
-    outputs = request.signature()[1]
-    shapes = tuple(framework_shape(argument) for argument in outputs)
-    dtypes = tuple(getattr(mstype, argument.dtype) for argument in outputs)
+def infer_functions(part, whole):
+    """``(out_shape, out_dtype)`` for ``ops.Custom``: functions of the inputs' shapes and dtypes.
 
-    def unwrapped(values):
-        return values if len(values) > 1 else values[0]
+    Args:
+        part: request of one device's kernel. whole: of the call before it is split; MindSpore asks for both.
+    """
+    query = framework_shape(part.signature()[0][0])
+    part_shapes, whole_shapes = (
+        tuple(framework_shape(argument) for argument in request.signature()[1]) for request in (part, whole)
+    )
+    dtypes = tuple(getattr(mstype, argument.dtype) for argument in part.signature()[1])
 
-    return lambda *inputs: unwrapped(shapes), lambda *inputs: unwrapped(dtypes)
+    def out_shape(*inputs):
+        return part_shapes if tuple(inputs[0]) == query else whole_shapes
+
+    return out_shape, lambda *inputs: dtypes
 
 
-def custom_operator(request):
-    """The operator that runs the kernel of ``request``: framework tensors in the kernel's order in and out."""
-    name = request.operator
+def custom_operator(part, whole):
+    """The operator that runs the kernel of request ``part``: framework tensors in the kernel's order in and out.
+
+    Args:
+        part, whole: as for :func:`infer_functions`.
+    """
+    name = part.operator
     entry = _registrations.setdefault(name, entry_function(name))
-    out_shape, out_dtype = infer_functions(request)
-    operator = ops.Custom(entry, out_shape, out_dtype, func_type="tbe", reg_info=registration(request))
-    operator.add_prim_attr(REQUEST, request.to_json())
+    out_shape, out_dtype = infer_functions(part, whole)
+    operator = ops.Custom(entry, out_shape, out_dtype, func_type="tbe", reg_info=registration(part))
+    operator.add_prim_attr(REQUEST, part.to_json())
     operator.add_prim_attr("primitive_target", "Ascend")
-    inputs, outputs = request.signature()
+    inputs, outputs = part.signature()
     operator.init_prim_io_names(
         inputs=[argument.name for argument in inputs], outputs=[argument.name for argument in outputs]
     )

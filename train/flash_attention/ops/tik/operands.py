@@ -73,18 +73,17 @@ class PackMask(nn.Cell):
 
 
 class PackSlopes(nn.Cell):
-    """(N,) or (B, N) -> fp32 (B * N, 2, 8): eight times the slope, eight times its negative."""
+    """(N,) or (B, N) -> fp32 (B, N, 2, 8): eight times the slope, eight times its negative."""
 
     def __init__(self, spec):
         super().__init__(auto_prefix=False)
         self.shape, self.repeat = (-1, spec.heads, 1, 1), (spec.batch if len(spec.alibi_shape) == 1 else 1, 1, 1, 1)
-        self.packed = (spec.batch * spec.heads, 2, 8)
         self.signs = Tensor(np.repeat([[1.0], [-1.0]], 8, axis=1).astype(np.float32))
         self.cast, self.reshape, self.tile = P.Cast(), P.Reshape(), P.Tile()
 
     def construct(self, slopes):
         x = self.tile(self.reshape(self.cast(slopes, mstype.float32), self.shape), self.repeat)
-        return self.reshape(x * self.signs, self.packed)
+        return x * self.signs
 
 
 class PackKeep(nn.Cell):
