@@ -35,7 +35,7 @@ def pick(language, english, chinese):
 TESTS = ("**proven by the tests here**", "**本仓库测试验证**")
 DOCUMENTATION = ("from documentation only", "仅依据文档")
 NOT_RUN = ("same code, not run", "同一份代码，未运行")
-SIMULATED = ("kernels simulated, not run on a device", "内核经模拟验证，未在设备上运行")
+SIMULATED = ("simulated, not run on device", "仅在模拟器上运行，未在设备上运行")
 
 # product, MindSpore, Python, CANN, engines, state; a pair is (English, Chinese)
 CPU = ("x86-64 CPU, Linux", "x86-64 CPU，Linux")

@@ -35,13 +35,17 @@ def backward_signature(geometry, cores):
     depth = geometry.depth // FRACTAL
     q_shape = (spec.batch, spec.heads, depth, geometry.q_rows // FRACTAL, FRACTAL, FRACTAL)
     kv_shape = (spec.batch, spec.kv_heads, depth, geometry.kv_rows // FRACTAL, FRACTAL, FRACTAL)
+    q_nd = (spec.batch, spec.heads, spec.q_len, spec.head_dim)
+    kv_nd = (spec.batch, spec.kv_heads, spec.kv_len, spec.head_dim)
     queries, keys = geometry.q_tiles * geometry.tiles.q, geometry.kv_tiles * geometry.tiles.kv
     inputs = [
-        GmTensor("query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
-        GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
-        GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
-        GmTensor("d_out", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
-        GmTensor("query_columns", "float16", (geometry.heads, 2, queries, FRACTAL), "extra columns of query and d_out"),
+        GmTensor("query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd),
+        GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
+        GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
+        GmTensor("d_out", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd),
+        GmTensor(
+            "query_columns", "float16", geometry.batch_heads + (2, queries, FRACTAL), "extra columns of query and d_out"
+        ),
         GmTensor("key_columns", "float16", (keys, FRACTAL), "extra columns of key and value"),
     ]
     if spec.mask_shape is not None:
@@ -49,11 +53,13 @@ def backward_signature(geometry, cores):
     if spec.bias_shape is not None:
         inputs.append(GmTensor("bias", "float32", tile_axes(geometry, spec.bias_shape), "tiles"))
     if spec.alibi_shape is not None:
-        inputs.append(GmTensor("slopes", "float32", (geometry.heads, 2, 8), "eight times slope, eight times -slope"))
+        inputs.append(
+            GmTensor("slopes", "float32", geometry.batch_heads + (2, 8), "eight times slope, eight times -slope")
+        )
     if spec.dropout_rate:
         full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
         inputs.append(GmTensor("keep", "uint8", tile_axes(geometry, full), "tiles: 1 = keep, 0 = drop"))
-        inputs.append(GmTensor("minus_delta", "float16", (geometry.heads, queries), "-delta"))
+        inputs.append(GmTensor("minus_delta", "float16", geometry.batch_heads + (queries,), "-delta"))
     if needs_positions(spec):
         inputs.append(
             GmTensor("bounds", "float32", (BOUND_ROWS, queries), "first visible key, last visible key, position")
@@ -62,9 +68,9 @@ def backward_signature(geometry, cores):
     inputs.append(GmTensor("tiles", "int32", (geometry.q_tiles, len(TILE_FIELDS)), "tasks.query_tiles"))
     inputs.append(GmTensor("cores", "int32", (cores, CORE_FIELDS), "tasks.split of the key and of the query tiles"))
     outputs = [
-        GmTensor("d_query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
-        GmTensor("d_key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
-        GmTensor("d_value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
+        GmTensor("d_query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd),
+        GmTensor("d_key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
+        GmTensor("d_value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
     ]
     return inputs, outputs + [part.output(geometry) for part in backward_operands.parts(spec)]
 
@@ -145,6 +151,18 @@ def pack_cores(geometry, cores):
     return table
 
 
+def backward_constants(geometry, cores):
+    """The backward kernel's inputs that depend on no tensor, by name, in the order of the signature."""
+    plan = geometry.plan()
+    constants = {"key_columns": pack_key_columns(geometry)}
+    if needs_positions(geometry.spec):
+        constants["bounds"] = host.pack_bounds(geometry)
+    constants["key_tasks"] = tasks.key_tasks(plan)
+    constants["tiles"] = tasks.query_tiles(plan)
+    constants["cores"] = pack_cores(geometry, cores)
+    return constants
+
+
 def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out, d_lse):
     """The kernel's inputs by name, in the order of :func:`backward_signature`.
 
@@ -155,11 +173,12 @@ def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out,
         operands: :class:`~flash_attention.core.spec.Operands` of numpy arrays.
         lse, d_lse: float32 (B, N, Sq).
     """
-    spec, plan = geometry.spec, geometry.plan()
+    spec, constants = geometry.spec, backward_constants(geometry, cores)
     subtrahends = row_statistics(geometry, out, lse, d_out, d_lse)
     feed = {name: host.to_nz(x) for name, x in zip(("query", "key", "value", "d_out"), (query, key, value, d_out))}
-    feed["query_columns"] = pack_query_columns(geometry, subtrahends)
-    feed["key_columns"] = pack_key_columns(geometry)
+    columns = pack_query_columns(geometry, subtrahends)
+    feed["query_columns"] = columns.reshape(geometry.batch_heads + columns.shape[1:])
+    feed["key_columns"] = constants.pop("key_columns")
     if spec.mask_shape is not None:
         packed = host.pack_mask(geometry, operands.mask)
         feed["mask"] = np.where(packed == 0.0, np.float16(KEPT), packed)
@@ -169,13 +188,10 @@ def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out,
         feed["slopes"] = host.pack_slopes(geometry, operands.slopes)
     if spec.dropout_rate:
         feed["keep"] = host.pack_keep(geometry, operands.dropout_seed)
-        feed["minus_delta"] = np.zeros((geometry.heads, geometry.q_tiles * geometry.tiles.q), np.float16)
-        feed["minus_delta"][:, : spec.q_len] = _half(-subtrahends[1].reshape(geometry.heads, -1))
-    if needs_positions(spec):
-        feed["bounds"] = host.pack_bounds(geometry)
-    feed["key_tasks"] = tasks.key_tasks(plan)
-    feed["tiles"] = tasks.query_tiles(plan)
-    feed["cores"] = pack_cores(geometry, cores)
+        shape = geometry.batch_heads + (geometry.q_tiles * geometry.tiles.q,)
+        feed["minus_delta"] = np.zeros(shape, np.float16)
+        feed["minus_delta"][..., : spec.q_len] = _half(-subtrahends[1])
+    feed.update(constants)
     host.check_feed(feed, backward_signature(geometry, cores)[0])
     return feed
 
@@ -217,8 +233,8 @@ def _reduce_to(x, shape):
 
 
 def _slope_gradients(spec, sums):
-    """(B * N, 3, queries) sums of +-dS (1, key // KEY_UNIT, key % KEY_UNIT) -> (B, N) float32."""
-    total, high, low = np.moveaxis(sums[..., : spec.q_len].astype(np.float64), 1, 0)
+    """(B, N, 3, queries) sums of +-dS (1, key // KEY_UNIT, key % KEY_UNIT) -> (B, N) float32."""
+    total, high, low = np.moveaxis(sums[..., : spec.q_len].astype(np.float64), 2, 0)
     position = np.arange(spec.q_len) + spec.offset
     distances = position * total - KEY_UNIT * high - low
-    return -distances.sum(axis=-1).reshape(spec.batch, spec.heads).astype(np.float32)
+    return -distances.sum(axis=-1).astype(np.float32)

@@ -102,7 +102,9 @@ class BiasSums(_Part):
 
     @staticmethod
     def output(geometry):
-        return GmTensor("bias_sums", "float32", (geometry.heads, geometry.kv_rows), "sum of dS over the queries")
+        return GmTensor(
+            "bias_sums", "float32", geometry.batch_heads + (geometry.kv_rows,), "sum of dS over the queries"
+        )
 
     @staticmethod
     def buffers(geometry):
@@ -148,7 +150,8 @@ class SlopeSums(_Part):
     @staticmethod
     def output(geometry):
         rows = geometry.q_tiles * geometry.tiles.q
-        return GmTensor("slope_sums", "float32", (geometry.heads, len(KEY_SUMS), rows), "sums of +-dS (1, key)")
+        shape = geometry.batch_heads + (len(KEY_SUMS), rows)
+        return GmTensor("slope_sums", "float32", shape, "sums of +-dS (1, key)")
 
     @staticmethod
     def buffers(geometry):

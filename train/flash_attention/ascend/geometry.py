@@ -100,6 +100,11 @@ class Geometry:
         return self.spec.batch * self.spec.heads
 
     @property
+    def batch_heads(self):
+        """(B, N): the leading axes of what there is one of for each head."""
+        return self.spec.batch, self.spec.heads
+
+    @property
     def bounded_below(self):
         """True when some query does not see key 0."""
         return self.spec.band.bounded_below

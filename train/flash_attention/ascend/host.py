@@ -55,16 +55,21 @@ def pack_mask(geometry, keep):
 
 def _pack_compact_mask(geometry, keep):
     """Only the tiles around the queries' own blocks; what they hold repeats, see ``tasks.strip_shape``."""
+    discard = np.append(np.where(keep, 0.0, DISCARD), 0.0).astype(np.float16)
+    return discard[compact_places(geometry)]
+
+
+def compact_places(geometry):
+    """For each element of a packed compact mask its place in the flat (T, T) mask, T * T where that does not apply."""
     axes = mask_axes(geometry)
     plan, size = geometry.plan(), geometry.spec.block_size
-    packed = np.zeros(axes, np.float16)
+    packed = np.zeros(axes, np.int32)
     strip_first = tasks.query_tiles(plan)[:, tasks.TILE_FIELDS.index("strip_first")]
     for row in range(axes[2]):
         p = np.arange(plan.q_tile)[:, None] + row * plan.q_tile + plan.offset
         j = np.arange(axes[3] * plan.kv_tile)[None, :] + int(strip_first[row]) * plan.kv_tile
-        hidden = (p // size == j // size) & ~keep[p % size, j % size]
-        one_row = (1, 1, 1) + axes[3:]
-        packed[:, :, row] = pack_tiles(np.where(hidden, DISCARD, 0.0)[None, None], one_row, np.float16)[:, :, 0]
+        places = np.where(p // size == j // size, p % size * size + j % size, size * size)
+        packed[:, :, row] = pack_tiles(places[None, None], (1, 1, 1) + axes[3:], np.int32)[:, :, 0]
     return packed
 
 
@@ -74,10 +79,9 @@ def pack_bias(geometry, bias):
 
 
 def pack_slopes(geometry, slopes):
-    """(N,) or (B, N) -> fp32 (B * N, 2, 8): eight times the slope, eight times its negative."""
-    spec = geometry.spec
-    flat = np.broadcast_to(np.asarray(slopes, np.float32), (spec.batch, spec.heads)).reshape(-1, 1, 1)
-    return np.ascontiguousarray(np.broadcast_to(np.concatenate([flat, -flat], axis=1), (geometry.heads, 2, 8)))
+    """(N,) or (B, N) -> fp32 (B, N, 2, 8): eight times the slope, eight times its negative."""
+    each = np.broadcast_to(np.asarray(slopes, np.float32), geometry.batch_heads)[..., None, None]
+    return np.repeat(np.concatenate([each, -each], axis=2), 8, axis=3)
 
 
 def pack_keep(geometry, seed):
@@ -110,6 +114,15 @@ def task_loads(plan, resident):
     return np.pad(pairs, (0, -len(pairs) % resident), "constant").reshape(-1, resident).sum(axis=1)
 
 
+def forward_constants(geometry, cores):
+    """The forward kernel's inputs that depend on no tensor, by name: bounds where needed, and the tables."""
+    plan, resident = geometry.plan(), geometry.tiles.resident
+    constants = {"bounds": pack_bounds(geometry)} if needs_bounds(geometry) else {}
+    constants["tasks"] = tasks.query_tasks(plan, resident)
+    constants["cores"] = tasks.split(task_loads(plan, resident), geometry.heads, cores)
+    return constants
+
+
 def pack_forward(geometry, cores, query, key, value, operands):
     """The kernel's inputs by name, in the order of :func:`~flash_attention.ascend.signature.forward_signature`.
 
@@ -119,8 +132,7 @@ def pack_forward(geometry, cores, query, key, value, operands):
         query, key, value: float16 (B, N, Sq, D), (B, Nkv, Sk, D), (B, Nkv, Sk, D).
         operands: :class:`~flash_attention.core.spec.Operands` of numpy arrays.
     """
-    spec, plan = geometry.spec, geometry.plan()
-    resident = geometry.tiles.resident
+    spec = geometry.spec
     feed = {"query": to_nz(query), "key": to_nz(key), "value": to_nz(value)}
     if spec.mask_shape is not None:
         feed["mask"] = pack_mask(geometry, operands.mask)
@@ -130,10 +142,7 @@ def pack_forward(geometry, cores, query, key, value, operands):
         feed["slopes"] = pack_slopes(geometry, operands.slopes)
     if spec.dropout_rate:
         feed["keep"] = pack_keep(geometry, operands.dropout_seed)
-    if needs_bounds(geometry):
-        feed["bounds"] = pack_bounds(geometry)
-    feed["tasks"] = tasks.query_tasks(plan, resident)
-    feed["cores"] = tasks.split(task_loads(plan, resident), geometry.heads, cores)
+    feed.update(forward_constants(geometry, cores))
     check_feed(feed, forward_signature(geometry, cores, True)[0])
     return feed
 
@@ -152,7 +161,7 @@ def unpack_forward(geometry, outputs):
     out = from_nz(outputs[0], spec.q_len, spec.head_dim)
     if len(outputs) == 1:
         return out, None
-    lse = outputs[1].reshape(spec.batch, spec.heads, -1)[..., : spec.q_len]
+    lse = outputs[1][..., : spec.q_len]
     return out, np.ascontiguousarray(lse)
 
 

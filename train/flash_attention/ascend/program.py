@@ -1,6 +1,6 @@
 """A TIK program while it is being written: the injected module, its instance, and buffers by name."""
 
-from typing import NamedTuple, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 BYTES = {"uint8": 1, "float16": 2, "float32": 4, "int32": 4}
 ALIGNMENT = {"UB": 32, "L1": 512, "L0A": 512, "L0B": 512, "L0C": 1024}
@@ -34,12 +34,21 @@ class Buffer(NamedTuple):
 
 
 class GmTensor(NamedTuple):
-    """One kernel argument in global memory: ``content`` says what it holds and in which order."""
+    """One kernel argument in global memory: ``content`` says what it holds and in which order.
+
+    ``nd_shape`` is the framework's shape of a tensor that the kernel takes in FRACTAL_NZ, None for a plain one.
+    """
 
     name: str
     dtype: str
     shape: Tuple[int, ...]
     content: str
+    nd_shape: Optional[Tuple[int, ...]] = None
+
+    @property
+    def format(self):
+        """The framework's name of the layout: 'FRACTAL_NZ' or 'ND'."""
+        return "ND" if self.nd_shape is None else "FRACTAL_NZ"
 
 
 class Program:

@@ -2,7 +2,8 @@
 
 FRACTAL_NZ is the frameworks' layout of query, key, value and output. The other tensors are plain (ND) ones that the
 host, or ordinary operators in front of the kernel, prepare: tiles are whole and contiguous, whatever the lengths, and
-transposed like the scores, ``[q1][key][16 queries]``.
+transposed like the scores, ``[q1][key][16 queries]``. An argument of rank 2 is a table that serves all heads; the
+leading axes of any other are batch and heads, of size 1 where shared.
 """
 
 from flash_attention.ascend.geometry import FRACTAL
@@ -25,17 +26,21 @@ def forward_signature(geometry, cores, with_lse):
     depth = geometry.depth // FRACTAL
     q_shape = (spec.batch, spec.heads, depth, geometry.q_rows // FRACTAL, FRACTAL, FRACTAL)
     kv_shape = (spec.batch, spec.kv_heads, depth, geometry.kv_rows // FRACTAL, FRACTAL, FRACTAL)
+    q_nd = (spec.batch, spec.heads, spec.q_len, spec.head_dim)
+    kv_nd = (spec.batch, spec.kv_heads, spec.kv_len, spec.head_dim)
     inputs = [
-        GmTensor("query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)"),
-        GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
-        GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)"),
+        GmTensor("query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd),
+        GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
+        GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
     ]
     if spec.mask_shape is not None:
         inputs.append(GmTensor("mask", "float16", mask_axes(geometry), "tiles: 0 = keep, -65504 = discard"))
     if spec.bias_shape is not None:
         inputs.append(GmTensor("bias", "float32", tile_axes(geometry, spec.bias_shape), "tiles"))
     if spec.alibi_shape is not None:
-        inputs.append(GmTensor("slopes", "float32", (geometry.heads, 2, 8), "eight times slope, eight times -slope"))
+        inputs.append(
+            GmTensor("slopes", "float32", geometry.batch_heads + (2, 8), "eight times slope, eight times -slope")
+        )
     if spec.dropout_rate:
         full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
         inputs.append(GmTensor("keep", "uint8", tile_axes(geometry, full), "tiles: 1 = keep, 0 = drop"))
@@ -45,9 +50,9 @@ def forward_signature(geometry, cores, with_lse):
     row = TASK_HEAD + len(TILE_FIELDS) * geometry.tiles.resident
     inputs.append(GmTensor("tasks", "int32", (geometry.q_tasks, row), "tasks.query_tasks"))
     inputs.append(GmTensor("cores", "int32", (cores, CORE_FIELDS), "tasks.split"))
-    outputs = [GmTensor("output", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)")]
+    outputs = [GmTensor("output", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd)]
     if with_lse:
-        outputs.append(GmTensor("lse", "float32", (geometry.heads, geometry.q_rows), "natural logarithm"))
+        outputs.append(GmTensor("lse", "float32", geometry.batch_heads + (geometry.q_rows,), "natural logarithm"))
     return inputs, outputs
 
 

@@ -70,8 +70,12 @@ class DifferentiableEngine:
         self._build = build
         self._cells = {}
 
-    def cell(self, spec):
-        """The :class:`AttentionCell` of ``spec``. Call it from a ``constexpr`` where a graph may be compiling."""
+    def cell(self, spec, shards=(1, 1)):
+        """The :class:`AttentionCell` of ``spec``. Call it from a ``constexpr`` where a graph may be compiling.
+
+        ``shards``, (dp, mp), is for engines whose operators are their own: MindSpore splits the ordinary ones itself.
+        """
+        del shards
         if spec not in self._cells:
             self._cells[spec] = AttentionCell(*self._build(spec))
         return self._cells[spec]

@@ -184,7 +184,7 @@ def keep(mask):
 
 
 @constexpr
-def resolve(layer, shapes, dtypes, options, engine):
+def resolve(layer, shapes, dtypes, options, engine, shards=(1, 1)):
     """Validate one call and choose its engine.
 
     Args:
@@ -192,6 +192,7 @@ def resolve(layer, shapes, dtypes, options, engine):
         shapes, dtypes (tuple): of query, key, value and the ten operands; None where absent.
         options (tuple): the fields of ``core.validation.Options``.
         engine (str): what the user asked for.
+        shards (tuple): (dp, mp), the devices that share batch and heads under semi-automatic parallelism.
 
     Returns:
         the spec's differentiable Cell, the shapes its mask, bias and slopes must be given (() where absent), and the
@@ -200,7 +201,7 @@ def resolve(layer, shapes, dtypes, options, engine):
     infos = [None if shape is None else info(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
     ENGINES.check_name(engine, layer)
     spec = make_spec(layer, infos[0], infos[1], infos[2], Operands(*infos[3:]), Options(*options))
-    cell = ENGINES.choose(spec, engine, layer).run.cell(spec)
+    cell = ENGINES.choose(spec, engine, layer).run.cell(spec, shards)
     return cell, spec.mask_shape or (), spec.bias_shape or (), spec.alibi_shape or (), (1, 2)
 
 

@@ -145,7 +145,7 @@ class FlashAttention(SeededCell):
             seed = self.next_seed(query) if dropout_seed is None else dropout_seed
         operands = (alibi_mask, mask, slopes, None, None, None, None, None, None, seed)
         shapes, dtypes = describe(LAYER, _NAMES, (query, key, value) + operands)
-        cell = resolve(LAYER, shapes, dtypes, options, self.engine)[0]
+        cell = resolve(LAYER, shapes, dtypes, options, self.engine, (self.dp, self.mp))[0]
         out, lse = cell(query, key, value, *operands)
         if self.return_lse:
             return out, lse

@@ -1,0 +1,108 @@
+"""What the backward kernel takes beside the forward kernel's arguments, and gradients from its sums, by MindSpore
+operators: what ``ascend/backward_arguments.py`` does in numpy, in fp32 instead of fp64.
+"""
+
+import math
+
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
+from mindspore.ops import operations as P
+
+from flash_attention.ascend.backward_arguments import COARSE, LARGEST, pack_query_columns, probability_exponent
+from flash_attention.ascend.backward_operands import KEY_SUMS, KEY_UNIT
+from flash_attention.ascend.geometry import FRACTAL
+
+_LOWEST = float(np.finfo(np.float32).min)
+_cast, _concat, _select = P.Cast(), P.Concat(-1), P.Select()
+_sum, _kept_sum = P.ReduceSum(), P.ReduceSum(keep_dims=True)
+_less, _maximum, _minimum, _reshape = P.Less(), P.Maximum(), P.Minimum(), P.Reshape()
+_zeros_like, _transpose, _slice = P.ZerosLike(), P.Transpose(), P.Slice()
+
+
+def _half(x):
+    """Rounded to fp16, saturating; fp32."""
+    return _cast(_cast(_minimum(_maximum(x, -LARGEST), LARGEST), mstype.float16), mstype.float32)
+
+
+def _parts(x):
+    """(.., 1) fp32 -> (.., 3): fp16 values whose sum with weights (COARSE, 1, 1) is x. Every difference is exact."""
+    coarse = _half(x / COARSE)
+    rest = x - COARSE * coarse
+    middle = _half(rest)
+    return _concat((coarse, middle, _half(rest - middle)))
+
+
+class QueryColumns(nn.Cell):
+    """(out, lse, d_out, d_lse) -> ``query_columns`` (B, N, 2, queries, 16), and ``minus_delta`` (B, N, queries)."""
+
+    def __init__(self, geometry):
+        super().__init__(auto_prefix=False)
+        spec = geometry.spec
+        queries = geometry.q_tiles * geometry.tiles.q
+        nothing = np.zeros((spec.batch, spec.heads, spec.q_len), np.float32)
+        # All that is no statistic: the marks of queries that exist, and those of queries that do not.
+        self.marks = Tensor(pack_query_columns(geometry, (nothing, nothing))[None, :1])
+        self.shift = probability_exponent(geometry) * math.log(2.0)
+        self.scale, self.kept = spec.scale, 1.0 - spec.dropout_rate
+        self.column = geometry.batch_heads + (1, spec.q_len, 1)
+        self.pad = P.Pad(((0, 0), (0, 0), (0, 0), (0, queries - spec.q_len), (0, FRACTAL - 3)))
+        self.pad_row = P.Pad(((0, 0), (0, 0), (0, queries - spec.q_len)))
+        self.join = P.Concat(2)
+
+    def construct(self, out, lse, d_out, d_lse):
+        dead = _less(lse, _LOWEST)
+        zeros = _zeros_like(lse)
+        products = _cast(d_out, mstype.float32) * _cast(out, mstype.float32)
+        delta = (_sum(products, -1) - _select(dead, zeros, _cast(d_lse, mstype.float32))) * self.kept
+        shifted = _select(dead, zeros, lse - self.shift) / self.scale
+        columns = ()
+        for statistic in (shifted, delta):
+            part = _cast(_parts(_reshape(-statistic, self.column)), mstype.float16)
+            columns = columns + (self.pad(part),)
+        minus_delta = self.pad_row(_cast(_half(-delta), mstype.float16))
+        return self.join(columns) + self.marks, minus_delta
+
+
+class BiasGradient(nn.Cell):
+    """The kernel's tiles or sums of dS -> gradient of the bias, in its shape."""
+
+    def __init__(self, geometry):
+        super().__init__(auto_prefix=False)
+        spec = geometry.spec
+        self.tiles = spec.bias_shape[2] > 1
+        rows, columns = (1, geometry.kv_rows)
+        if self.tiles:
+            rows, columns = geometry.q_tiles * geometry.tiles.q, geometry.kv_tiles * geometry.tiles.kv
+        self.whole = geometry.batch_heads + (rows, columns)
+        self.size = (spec.batch, spec.heads, spec.q_len if self.tiles else 1, spec.kv_len)
+        self.axes = tuple(axis for axis, size in enumerate(spec.bias_shape) if size == 1)
+        self.factor = 1.0 / (1.0 - spec.dropout_rate)
+
+    def construct(self, sums, bias):
+        if self.tiles:
+            sums = _transpose(sums, (0, 1, 2, 4, 6, 3, 5))
+        x = _slice(_reshape(_cast(sums, mstype.float32), self.whole), (0, 0, 0, 0), self.size)
+        if self.axes:
+            x = _kept_sum(x, self.axes)
+        return _cast(x * self.factor, bias.dtype)
+
+
+class SlopeGradient(nn.Cell):
+    """fp32 (B, N, 3, queries) sums of +-dS (1, key // KEY_UNIT, key % KEY_UNIT) -> gradient of the slopes."""
+
+    def __init__(self, geometry):
+        super().__init__(auto_prefix=False)
+        spec = geometry.spec
+        position = np.arange(spec.q_len) + spec.offset
+        weights = np.stack([-position, np.full_like(position, KEY_UNIT), np.ones_like(position)])
+        self.weights = Tensor((weights / (1.0 - spec.dropout_rate)).astype(np.float32))
+        self.size = geometry.batch_heads + (len(KEY_SUMS), spec.q_len)
+        self.shared = len(spec.alibi_shape) == 1
+
+    def construct(self, sums, slopes):
+        # Position minus key first, query by query: the terms are far larger than their sum.
+        grads = _sum(_sum(_slice(sums, (0, 0, 0, 0), self.size) * self.weights, 2), -1)
+        if self.shared:
+            grads = _sum(grads, 0)
+        return _cast(grads, slopes.dtype)
