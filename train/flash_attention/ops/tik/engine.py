@@ -15,6 +15,9 @@ from flash_attention.ops.tik.custom import custom_operator
 from flash_attention.ops.tik.operands import TileOperands, constant_tensors
 from flash_attention.ops.tik.sharding import share, split
 
+SPLITTING = ("semi_auto_parallel", "auto_parallel")
+"""Parallel modes in which an operator's strategy is heeded."""
+
 
 def requests(kind, spec, shards):
     """``(part, whole)``: the request of one device's kernel, and of the whole call at the same tiles.
@@ -90,6 +93,7 @@ class TikEngine(DifferentiableEngine):
 
     def __init__(self, operator):
         super().__init__(lambda spec: (Forward(spec, operator), Backward(spec, operator)))
+        self._operator = operator
         self._sharded = {}
 
     def cell(self, spec, shards=(1, 1)):
@@ -99,14 +103,11 @@ class TikEngine(DifferentiableEngine):
         if (spec, shards) not in self._sharded:
 
             def operator(part, whole):
-                return split(custom_operator(part, whole), whole, *shards)
+                return split(self._operator(part, whole), whole, *shards)
 
             cells = Forward(spec, operator, shards), Backward(spec, operator, shards)
             self._sharded[spec, shards] = AttentionCell(*cells)
         return self._sharded[spec, shards]
 
-
-SPLITTING = ("semi_auto_parallel", "auto_parallel")
-"""Parallel modes in which an operator's strategy is heeded."""
 
 RUN = TikEngine(custom_operator)
