@@ -18,7 +18,8 @@ demo, test, bench and env make .venv (MindSpore 2.10 or the newest wheel, numpy 
 run finds it made. Set these to change that:
   FLASH_PYTHON=python3.11   the interpreter to use (3.10-3.12; building the wheel: 3.7 or newer)
   FLASH_VENV=.venv          the environment's folder
-  FLASH_JAX=newest          the newest jax (or a version: FLASH_JAX=0.9.2) without MindSpore, in .venv-jax
+  FLASH_JAX=newest          the newest jax (or a version: FLASH_JAX=0.9.2) without MindSpore, in .venv-jax; `test` then runs
+                            the tests that have to do with JAX
   FLASH_DEADLINE=EPOCH      tests: start none after this time (`date +%s`), print those not reached
   FLASH_TEST_TIMEOUT=900    tests: seconds after which a single test fails
   FLASH_FAST_DONE=1         `test all`: leave out what `test` has run, and keep its figures for the table

@@ -57,7 +57,7 @@ def pytest_configure(config):
     # Modules that parametrize over engines are imported before any fixture exists: they read the variable.
     if config.getoption("--engine"):
         os.environ["FLASH_TEST_ENGINE"] = config.getoption("--engine")
-    config._flash_left_out = {}  # framework -> test files that need it
+    config._flash_left_out = {}  # why -> test files
     config._flash_not_reached = []
 
 
@@ -99,7 +99,12 @@ def pytest_ignore_collect(collection_path, config):
     if name.startswith("test_") and name.endswith(".py"):
         framework = missing_framework(collection_path)
         if framework:
-            config._flash_left_out.setdefault(framework, []).append(os.path.relpath(str(collection_path), ROOT))
+            why = "{} is not installed".format(framework)
+            config._flash_left_out.setdefault(why, []).append(os.path.relpath(str(collection_path), ROOT))
+            return True
+        if os.environ.get("FLASH_JAX") and "jax" not in collection_path.read_text(encoding="utf-8").lower():
+            why = "FLASH_JAX runs the JAX suite alone"
+            config._flash_left_out.setdefault(why, []).append(os.path.relpath(str(collection_path), ROOT))
             return True
     return None
 
@@ -143,8 +148,8 @@ def pytest_runtest_protocol(item):
 
 def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
-    for framework, files in sorted(config._flash_left_out.items()):
-        terminalreporter.section("left out: {} is not installed".format(framework), sep="-")
+    for why, files in sorted(config._flash_left_out.items()):
+        terminalreporter.section("left out: {}".format(why), sep="-")
         for name in sorted(set(files)):
             write(name)
     if config._flash_not_reached:

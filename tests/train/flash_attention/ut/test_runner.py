@@ -96,6 +96,13 @@ def test_files_of_a_missing_framework_are_left_out_and_named(project):
     assert "tests/test_ms.py" in text and "tests/test_cell.py" in text
 
 
+def test_the_jax_suite_leaves_out_what_never_mentions_jax(project):
+    files = {"test_a.py": PASS, "test_b.py": "# about jax\n" + PASS}
+    exit_code, text = project(files, FLASH_JAX="newest")
+    assert exit_code == 0 and "1 passed" in text, text
+    assert "left out: FLASH_JAX runs the JAX suite alone" in text and "tests/test_a.py" in text
+
+
 def test_unknown_marker_and_unknown_hardware(project):
     exit_code, text = project({"test_a.py": "import pytest\n@pytest.mark.levle0\n" + PASS})
     assert exit_code != 0 and "'levle0' not found in `markers`" in text
