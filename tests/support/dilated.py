@@ -130,11 +130,15 @@ class Dilated:
         out, grads = self.run(self.function(**dict(case.options(), **options)), tensors, d_out, case.dtype)
         return dict(zip(("out", "query", "key", "value", "table"), [out] + grads))
 
+    def check_case(self, case):
+        """Compare output and gradients of a case with the judge."""
+        plain = functools.partial(pattern_by_pattern, case=case)
+        got = self.results(case)
+        check(got, functools.partial(dense, case=case), case.dtype, self.functions, plain, self.exps)
+
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_equals_one_softmax_with_counts(self, case):
-        got = self.results(case)
-        plain = functools.partial(pattern_by_pattern, case=case)
-        check(got, functools.partial(dense, case=case), case.dtype, self.functions, plain, self.exps)
+        self.check_case(case)
 
     def test_frozen_weights(self):
         got = self.results(MIXTURE, stop_weight_grad=True)
