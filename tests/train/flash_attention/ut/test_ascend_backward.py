@@ -80,10 +80,13 @@ FEATURES = {
     "everything": {"slopes": "alibi", "bias": "heads", "mask": "dense", "band": "window", "dropout": 0.5},
     "everything a key": {"slopes": "alibi", "bias": "keys", "mask": "keys", "band": "blocks64", "dropout": 0.5},
 }
-TILES = {"pieces": KernelTiles(64, 48, 1, 2), "one piece": KernelTiles(32, 80, 1, 2)}
+TILES = [
+    pytest.param(KernelTiles(64, 48, 1, 2), id="pieces"),
+    pytest.param(KernelTiles(32, 80, 1, 2), id="one piece", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("tiles", TILES.values(), ids=list(TILES))
+@pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 def test_features_at_small_tiles(feature, tiles):
     check(Case(dtype="float16", **feature), tiles)
@@ -197,8 +200,7 @@ def test_same_bits_in_every_run_on_any_number_of_cores_in_any_order():
     operands, tiles = Operands(dropout_seed=np.uint32(5)), KernelTiles(64, 48, 1, 2)
     first = gradients(*call, operands, tiles=tiles)
     assert_same_bits(gradients(*call, operands, tiles=tiles), first)
-    for cores in (1, 3):
-        assert_same_bits(gradients(*call, operands, tiles=tiles, chip=replace(ASCEND_910A, cores=cores)), first)
+    assert_same_bits(gradients(*call, operands, tiles=tiles, chip=replace(ASCEND_910A, cores=1)), first)
     spec, tensors, cotangents = call
     saved = tensors + (operands,) + simulated.forward(spec, *tensors, operands)
     geometry = Geometry(spec, tiles)
