@@ -244,6 +244,9 @@ _CALLS = (
     (("dense", "稠密"), {}),
     (("causal", "因果"), {"causal": True}),
     (("causal, window of 4 blocks", "因果，窗口 4 块"), {"causal": True, "prev_block_num": 4}),
+    (("mask (1, 1, Sq, Sk)", "掩码 (1, 1, Sq, Sk)"), {"mask_shape": (1, 1, 4096, 4096)}),
+    (("ALiBi slopes", "ALiBi 斜率"), {"alibi_shape": (8,)}),
+    (("dropout", "dropout"), {"dropout_rate": 0.1}),
 )
 _SCENARIOS = (
     ("as assumed", "按假设"),
@@ -278,8 +281,8 @@ def kernel_budget(language):
 def kernel_cycles(language):
     """What the cost model says of (4, 8, 4096, 128): time, what bounds it, and each pipe's share of the time."""
     pipes = ("M", "V", "MTE1", "MTE2", "MTE3")
-    header = pick(language, ("call", "ms", "TFLOPS", "bound by"), ("调用", "毫秒", "TFLOPS", "瓶颈")) + pipes
-    header += ("GB", pick(language, "cycles a task, a tile pair", "每任务、每分块对的周期"))
+    header = pick(language, ("call", "tile", "ms", "TFLOPS", "bound by"), ("调用", "分块", "毫秒", "TFLOPS", "瓶颈"))
+    header += pipes + ("GB", pick(language, "cycles a task, a tile pair", "每任务、每分块对的周期"))
     rows = []
     for direction in cost.FLOPS:
         for number, (label, _) in enumerate(_CALLS):
@@ -289,7 +292,8 @@ def kernel_cycles(language):
             shares = ["{:.0%}".format(got.busy[pipe] / got.cycles) for pipe in pipes]
             lines = "; ".join("{:,.0f}, {:,.0f}".format(fit.task, fit.pair) for fit in got.fits)
             figures = ["{:.3g}".format(1e3 * got.seconds), "{:.0f}".format(got.tflops), got.bound]
-            rows.append([name] + figures + shares + ["{:.2f}".format(got.gm_bytes / 1e9), lines])
+            tile = "{} x {}".format(got.geometry.tiles.q, got.geometry.tiles.kv)
+            rows.append([name, tile] + figures + shares + ["{:.2f}".format(got.gm_bytes / 1e9), lines])
     return markdown(header, rows)
 
 

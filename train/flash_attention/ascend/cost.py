@@ -8,7 +8,7 @@ their sources; :data:`SCENARIOS` vary what is assumed.
 Nothing here was measured on a device.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Callable, Dict, List, NamedTuple, Tuple
 
 import numpy as np
@@ -103,7 +103,7 @@ class Prediction:
     gm_bytes: float
     pairs: int
     fits: List[Fit]
-    timeline: Schedule
+    timeline: Schedule = field(repr=False)
 
     @property
     def seconds(self):

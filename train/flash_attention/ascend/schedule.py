@@ -1,9 +1,9 @@
 """When each traced instruction runs: in-order pipes that overlap wherever addresses do not conflict.
 
-The rule of TIK's automatic synchronisation (tik.md 1, 8): every pipe executes its instructions in program order; one
-starts when its pipe is free and every earlier access of another pipe that conflicts with it (read after write, write
-after read, write after write, on a common 32-byte block) is finished. The scalar unit hands all instructions out, so
-what follows a load of a Scalar waits for it.
+The rule of TIK's automatic synchronisation: every pipe executes its instructions in program order; one starts when its
+pipe is free and every earlier access of another pipe that conflicts with it (read after write, write after read, write
+after write, on a common 32-byte block) is finished. The scalar unit hands all instructions out, so what follows a load
+of a Scalar waits for it. How long the flags between pipes take is not published; they are free here.
 """
 
 from typing import Dict, List, NamedTuple

@@ -158,7 +158,7 @@ def test_commands_run(command):
 
 # --- generated parts, links, variables ------------------------------------------------------------
 def test_generated_parts_are_up_to_date():
-    code, output = run([sys.executable, str(ROOT / "docs" / "tools" / "build_docs.py"), "--check"])
+    code, output = run([sys.executable, str(ROOT / "docs" / "tools" / "build_docs.py"), "--check"], timeout=300)
     assert code == 0, output + "Run `python docs/tools/build_docs.py`."
 
 
