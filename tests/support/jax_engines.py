@@ -32,6 +32,15 @@ class Functions:
         return np.asarray(jnp.tanh(jnp.asarray(x, jnp.float32)))
 
 
+class _WithProducts(Functions):
+    @staticmethod
+    def matmul(a, b):
+        return np.asarray(jnp.matmul(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)))
+
+
+Functions.with_products = _WithProducts
+
+
 class JaxEngine:
     """An engine of the JAX front end; `run(case)` gives numpy results by name, BNSD."""
 
