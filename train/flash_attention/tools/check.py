@@ -160,7 +160,7 @@ def run_jax(engine, case, arrays):
     jax = importlib.import_module("jax")
     jnp = jax.numpy
     call = importlib.import_module("flash_attention.jax").flash_attention
-    query, key, value, d_out = (jnp.asarray(x, case.spec.dtype) for x in arrays)
+    query, key, value, d_out = (jnp.asarray(x, getattr(jnp, case.spec.dtype)) for x in arrays)
 
     def attend(query, key, value):
         options = dict(case.options(), **case.tensors)

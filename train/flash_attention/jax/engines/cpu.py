@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 
 
 @functools.lru_cache(maxsize=None)
@@ -22,6 +23,11 @@ def on_cpu():
     return jax.default_backend() == "cpu"
 
 
+def named_dtype(name):
+    """The dtype called ``name``. Not ``numpy.dtype(name)``: MindSpore gives "bfloat16" there to a type of its own."""
+    return jnp.dtype(getattr(jnp, name, name))
+
+
 def dot_dtype(dtype, rows):
     """The dtype in which products of ``dtype`` operands, ``rows`` at a time, are formed (always summed in float32).
 
@@ -33,4 +39,4 @@ def dot_dtype(dtype, rows):
     if not on_cpu():
         return dtype
     native = features() & {"avx512_bf16", "amx_bf16"}
-    return dtype if dtype == "bfloat16" and native and rows >= 64 else "float32"
+    return dtype if dtype.name == "bfloat16" and native and rows >= 64 else named_dtype("float32")

@@ -47,7 +47,7 @@ def backward(spec, geo, inputs, d_out, lse, delta):
     Returns:
         ``(d_query (T, R, D), d_key, d_value (B * kv_heads, Sk, D), d_slopes (T, R) or None, d_bias or None)``.
     """
-    dtype = cpu.dot_dtype(inputs.query.dtype.name, geo.q_tile)
+    dtype = cpu.dot_dtype(inputs.query.dtype, geo.q_tile)
     outers = spec.group // geo.stack  # rows of Inputs.query that share a key/value head
 
     def head(kv, d_bias, saved):

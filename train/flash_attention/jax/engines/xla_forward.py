@@ -18,7 +18,7 @@ def forward(spec, geo, inputs, sinks):
 
     The output of a wide spec is float32.
     """
-    dtype = cpu.dot_dtype(inputs.query.dtype.name, geo.q_tile)
+    dtype = cpu.dot_dtype(inputs.query.dtype, geo.q_tile)
 
     def tile(outer, i, inputs):
         where = tiles.place(spec, geo, inputs, outer)

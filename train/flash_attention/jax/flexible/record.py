@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flash_attention.core.errors import invalid_type
+from flash_attention.jax.engines.cpu import named_dtype
 
 
 class Record:
@@ -69,7 +70,7 @@ def _decode(value):
     if "tuple" in value:
         return tuple(_decode(item) for item in value["tuple"])
     if "array" in value:
-        bits = np.frombuffer(base64.b64decode(value["array"]), jnp.dtype(value["dtype"]))
+        bits = np.frombuffer(base64.b64decode(value["array"]), named_dtype(value["dtype"]))
         return jnp.asarray(bits.reshape(value["shape"]))
     if "mesh" in value:
         devices = {device.id: device for device in jax.devices()}
@@ -77,4 +78,4 @@ def _decode(value):
     if "record" in value:
         kind = getattr(importlib.import_module(value["module"]), value["class"])
         return kind.from_json(value["record"])
-    return jnp.dtype(value["dtype"])
+    return named_dtype(value["dtype"])
