@@ -161,6 +161,18 @@ def pytest_terminal_summary(terminalreporter, config):
             write("{}  ({})".format(name, count))
 
 
+# --- MindSpore's two modes ------------------------------------------------------------------------
+@pytest.fixture(params=["pynative", "graph"])
+def mode(request):
+    """Runs the test in PyNative and in graph mode; gives the mode's name."""
+    import mindspore as ms
+
+    before = ms.get_context("mode")
+    ms.set_context(mode={"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}[request.param])
+    yield request.param
+    ms.set_context(mode=before)
+
+
 # --- figures --------------------------------------------------------------------------------------
 @pytest.fixture
 def figure():

@@ -5,7 +5,7 @@ from support.mutation import Mutation
 from flash_attention.ascend import backward_arguments, backward_budget, backward_operands
 from flash_attention.ascend.backward import _Backward
 from flash_attention.ascend.backward_pair import TilePair
-from flash_attention.ascend.tile_ops import gradient
+from flash_attention.ascend.tile_ops import gradient, layout
 
 BACKWARD = [
     Mutation(
@@ -147,11 +147,11 @@ BACKWARD = [
         "Lanes(half, 0, 4), Lanes(wide)",
         'Lanes(half, 0, 4), Lanes(self.local["result1"])',
     ),
-    Mutation("mask of one piece for all", TilePair._load_operand, "(piece * loaded * keys * lanes if", "(0 if", "mask"),
+    Mutation("mask of one piece for all", layout.load_operand, "(piece * loaded * keys * lanes if", "(0 if", "mask"),
     Mutation(
         "mask of the first batch for all",
-        TilePair._load_operand,
-        "self.head // self.spec.heads if batches > 1",
+        layout.load_operand,
+        "head // heads if batches > 1",
         "0 if batches > 1",
         "mask",
     ),

@@ -2,7 +2,7 @@
 
 from support.mutation import Mutation
 
-from flash_attention.ascend import budget, host, program, query_tile, tasks
+from flash_attention.ascend import budget, host, program, tasks
 from flash_attention.ascend.tile_ops import layout, masks, matmul, vector
 
 _PLAIN = """self._load_right(l0b, right, first, count)
@@ -114,7 +114,7 @@ SHARED = [
     Mutation("key index not made beyond the first rows", masks.index_tile, "while done < total:", "while False:"),
     Mutation(
         "one operand piece for all",
-        query_tile.QueryTile._load_piece,
+        layout.load_operand,
         "(piece * loaded * keys * lanes if",
         "(0 if",
         "mask",

@@ -10,7 +10,7 @@ from flash_attention.ascend import backward_operands, host, tasks
 from flash_attention.ascend.backward_operands import KEY_SUMS, KEY_UNIT, ONE
 from flash_attention.ascend.geometry import FRACTAL
 from flash_attention.ascend.program import GmTensor
-from flash_attention.ascend.signature import BOUND_ROWS, mask_axes, tile_axes
+from flash_attention.ascend.signature import BOUND_ROWS, key_matrix, packed_operands, query_matrix
 from flash_attention.ascend.tasks import CORE_FIELDS, TILE_FIELDS
 
 COARSE = 256.0
@@ -32,33 +32,18 @@ def backward_signature(geometry, cores):
         cores: number of cores the kernel runs on.
     """
     spec = geometry.spec
-    depth = geometry.depth // FRACTAL
-    q_shape = (spec.batch, spec.heads, depth, geometry.q_rows // FRACTAL, FRACTAL, FRACTAL)
-    kv_shape = (spec.batch, spec.kv_heads, depth, geometry.kv_rows // FRACTAL, FRACTAL, FRACTAL)
-    q_nd = (spec.batch, spec.heads, spec.q_len, spec.head_dim)
-    kv_nd = (spec.batch, spec.kv_heads, spec.kv_len, spec.head_dim)
     queries, keys = geometry.q_tiles * geometry.tiles.q, geometry.kv_tiles * geometry.tiles.kv
+    columns = geometry.batch_heads + (2, queries, FRACTAL)
     inputs = [
-        GmTensor("query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd),
-        GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
-        GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
-        GmTensor("d_out", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd),
-        GmTensor(
-            "query_columns", "float16", geometry.batch_heads + (2, queries, FRACTAL), "extra columns of query and d_out"
-        ),
+        query_matrix(geometry, "query"),
+        key_matrix(geometry, "key"),
+        key_matrix(geometry, "value"),
+        query_matrix(geometry, "d_out"),
+        GmTensor("query_columns", "float16", columns, "extra columns of query and d_out"),
         GmTensor("key_columns", "float16", (keys, FRACTAL), "extra columns of key and value"),
     ]
-    if spec.mask_shape is not None:
-        inputs.append(GmTensor("mask", "float16", mask_axes(geometry), "tiles: 16 = keep, -65504 = discard"))
-    if spec.bias_shape is not None:
-        inputs.append(GmTensor("bias", "float32", tile_axes(geometry, spec.bias_shape), "tiles"))
-    if spec.alibi_shape is not None:
-        inputs.append(
-            GmTensor("slopes", "float32", geometry.batch_heads + (2, 8), "eight times slope, eight times -slope")
-        )
+    inputs += packed_operands(geometry, kept=16)
     if spec.dropout_rate:
-        full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
-        inputs.append(GmTensor("keep", "uint8", tile_axes(geometry, full), "tiles: 1 = keep, 0 = drop"))
         inputs.append(GmTensor("minus_delta", "float16", geometry.batch_heads + (queries,), "-delta"))
     if needs_positions(spec):
         inputs.append(
@@ -67,11 +52,7 @@ def backward_signature(geometry, cores):
     inputs.append(GmTensor("key_tasks", "int32", (geometry.kv_tiles, 8), "tasks.key_tasks"))
     inputs.append(GmTensor("tiles", "int32", (geometry.q_tiles, len(TILE_FIELDS)), "tasks.query_tiles"))
     inputs.append(GmTensor("cores", "int32", (cores, CORE_FIELDS), "tasks.split of the key and of the query tiles"))
-    outputs = [
-        GmTensor("d_query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd),
-        GmTensor("d_key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
-        GmTensor("d_value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
-    ]
+    outputs = [query_matrix(geometry, "d_query"), key_matrix(geometry, "d_key"), key_matrix(geometry, "d_value")]
     return inputs, outputs + [part.output(geometry) for part in backward_operands.parts(spec)]
 
 

@@ -219,13 +219,9 @@ class TilePair:
             gradient.discard(api, probs, self.local["mask"], groups, keys, mask_groups)
 
     def _load_operand(self, name, piece, key_tile, q_tile=None):
-        """One piece of a tile operand to the Unified Buffer; returns its groups: 1 where all queries share a tile."""
-        batches, heads, q_tiles, kv_tiles, groups, keys, lanes = self.gm[name].shape
-        batch = self.head // self.spec.heads if batches > 1 else 0
-        head = self.head % self.spec.heads if heads > 1 else 0
+        """One piece of a packed operand to its buffer in UB, see :func:`layout.load_operand`."""
         q_tile = self.q_tile if q_tile is None else q_tile
-        tile = ((batch * heads + head) * q_tiles + (q_tile if q_tiles > 1 else 0)) * kv_tiles + key_tile
-        loaded = min(groups, self.tiles.groups)
-        offset = tile * (groups * keys * lanes) + (piece * loaded * keys * lanes if groups > 1 else 0)
-        layout.copy(self.api, Place(self.local[name]), Place(self.gm[name], offset), loaded * keys * lanes)
-        return loaded
+        return layout.load_operand(
+            self.api, self.local[name], self.gm[name], self.head, self.spec.heads, q_tile, key_tile, piece,
+            self.tiles.groups,
+        )  # fmt: skip

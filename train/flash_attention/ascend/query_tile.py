@@ -140,7 +140,7 @@ class QueryTile:
         probs = self.probs()
         layout.copy(api, Place(probs.tensor, probs.offset + piece * elements), Place(half), elements)
         if self.spec.dropout_rate:
-            self._load_piece("keep", piece, key_tile)
+            self._load_operand("keep", piece, key_tile)
             masks.drop(api, local["kept"], half, local["keep"], local["keep_half"], elements)
             kept = self.probs("kept_l1")
             layout.copy(api, Place(kept.tensor, kept.offset + piece * elements), Place(local["kept"]), elements)
@@ -166,7 +166,7 @@ class QueryTile:
         work = local["work"]
         factor = Lanes(local["scale"], 0, 0)
         if self.spec.bias_shape is not None:
-            bias_groups = self._load_piece("bias", piece, key_tile)
+            bias_groups = self._load_operand("bias", piece, key_tile)
             masks.add_bias(api, work, Place(local["bias"]), groups, keys, bias_groups, factor)
             factor = None
         if self.spec.alibi_shape is not None:
@@ -178,10 +178,10 @@ class QueryTile:
             strip = key_tile - self.field["strip_first"]
             tiles = self.gm["mask"].shape[3]
             with api.if_scope(self.kernel.tik_all(strip >= 0, strip < tiles)):
-                self._load_piece("mask", piece, strip, self.field["strip_row"])
+                self._load_operand("mask", piece, strip, self.field["strip_row"])
                 masks.discard(api, work, Place(local["mask"]), groups, keys, groups)
         elif self.spec.mask_shape is not None:
-            mask_groups = self._load_piece("mask", piece, key_tile)
+            mask_groups = self._load_operand("mask", piece, key_tile)
             masks.discard(api, work, Place(local["mask"]), groups, keys, mask_groups)
         if self.geometry.bounded_below:
             with api.if_scope(key_tile < self.field["low_stop"]):
@@ -221,17 +221,13 @@ class QueryTile:
         minus_slope = Lanes(local["slope"], 8 * (1 - sign), 0)
         low_level(api.vmul, Lanes(local["lane_bias"]), relative, minus_slope, groups, blocks=(1, 1, 0))
 
-    def _load_piece(self, name, piece, key_tile, q_tile=None):
-        """One piece of a tile operand to the Unified Buffer; returns its groups: 1 where all queries share a tile."""
-        batches, heads, q_tiles, kv_tiles, groups, keys, lanes = self.gm[name].shape
-        batch = self.head // self.spec.heads if batches > 1 else 0
-        head = self.head % self.spec.heads if heads > 1 else 0
+    def _load_operand(self, name, piece, key_tile, q_tile=None):
+        """One piece of a packed operand to its buffer in UB, see :func:`layout.load_operand`."""
         q_tile = self.tile if q_tile is None else q_tile
-        tile = ((batch * heads + head) * q_tiles + (q_tile if q_tiles > 1 else 0)) * kv_tiles + key_tile
-        loaded = min(groups, self.tiles.groups)
-        offset = tile * (groups * keys * lanes) + (piece * loaded * keys * lanes if groups > 1 else 0)
-        layout.copy(self.api, Place(self.local[name]), Place(self.gm[name], offset), loaded * keys * lanes)
-        return loaded
+        return layout.load_operand(
+            self.api, self.local[name], self.gm[name], self.head, self.spec.heads, q_tile, key_tile, piece,
+            self.tiles.groups,
+        )  # fmt: skip
 
     # --- end --------------------------------------------------------------------------------------
     def store(self):

@@ -22,38 +22,51 @@ def forward_signature(geometry, cores, with_lse):
         cores: number of cores the kernel runs on.
         with_lse: whether the kernel writes the log-sum-exp (training) or not (inference).
     """
-    spec = geometry.spec
-    depth = geometry.depth // FRACTAL
-    q_shape = (spec.batch, spec.heads, depth, geometry.q_rows // FRACTAL, FRACTAL, FRACTAL)
-    kv_shape = (spec.batch, spec.kv_heads, depth, geometry.kv_rows // FRACTAL, FRACTAL, FRACTAL)
-    q_nd = (spec.batch, spec.heads, spec.q_len, spec.head_dim)
-    kv_nd = (spec.batch, spec.kv_heads, spec.kv_len, spec.head_dim)
-    inputs = [
-        GmTensor("query", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd),
-        GmTensor("key", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
-        GmTensor("value", "float16", kv_shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", kv_nd),
-    ]
-    if spec.mask_shape is not None:
-        inputs.append(GmTensor("mask", "float16", mask_axes(geometry), "tiles: 0 = keep, -65504 = discard"))
-    if spec.bias_shape is not None:
-        inputs.append(GmTensor("bias", "float32", tile_axes(geometry, spec.bias_shape), "tiles"))
-    if spec.alibi_shape is not None:
-        inputs.append(
-            GmTensor("slopes", "float32", geometry.batch_heads + (2, 8), "eight times slope, eight times -slope")
-        )
-    if spec.dropout_rate:
-        full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
-        inputs.append(GmTensor("keep", "uint8", tile_axes(geometry, full), "tiles: 1 = keep, 0 = drop"))
+    inputs = [query_matrix(geometry, "query"), key_matrix(geometry, "key"), key_matrix(geometry, "value")]
+    inputs += packed_operands(geometry, kept=0)
     if needs_bounds(geometry):
         shape = (BOUND_ROWS, geometry.q_tiles * geometry.tiles.q)
         inputs.append(GmTensor("bounds", "float32", shape, "first visible key, last visible key, position"))
     row = TASK_HEAD + len(TILE_FIELDS) * geometry.tiles.resident
     inputs.append(GmTensor("tasks", "int32", (geometry.q_tasks, row), "tasks.query_tasks"))
     inputs.append(GmTensor("cores", "int32", (cores, CORE_FIELDS), "tasks.split"))
-    outputs = [GmTensor("output", "float16", q_shape, "FRACTAL_NZ of (B, N, Sq, D)", q_nd)]
+    outputs = [query_matrix(geometry, "output")]
     if with_lse:
         outputs.append(GmTensor("lse", "float32", geometry.batch_heads + (geometry.q_rows,), "natural logarithm"))
     return inputs, outputs
+
+
+def query_matrix(geometry, name):
+    """A tensor like the query: FRACTAL_NZ, a row a query."""
+    spec = geometry.spec
+    shape = (spec.batch, spec.heads, geometry.depth // FRACTAL, geometry.q_rows // FRACTAL, FRACTAL, FRACTAL)
+    nd_shape = (spec.batch, spec.heads, spec.q_len, spec.head_dim)
+    return GmTensor(name, "float16", shape, "FRACTAL_NZ of (B, N, Sq, D)", nd_shape)
+
+
+def key_matrix(geometry, name):
+    """A tensor like key and value: FRACTAL_NZ, a row a key."""
+    spec = geometry.spec
+    shape = (spec.batch, spec.kv_heads, geometry.depth // FRACTAL, geometry.kv_rows // FRACTAL, FRACTAL, FRACTAL)
+    nd_shape = (spec.batch, spec.kv_heads, spec.kv_len, spec.head_dim)
+    return GmTensor(name, "float16", shape, "FRACTAL_NZ of (B, Nkv, Sk, D)", nd_shape)
+
+
+def packed_operands(geometry, kept):
+    """The spec's mask, bias, slopes and dropout tiles; ``kept`` is the mask's value where a key is kept."""
+    spec, found = geometry.spec, []
+    if spec.mask_shape is not None:
+        content = "tiles: {} = keep, -65504 = discard".format(kept)
+        found.append(GmTensor("mask", "float16", mask_axes(geometry), content))
+    if spec.bias_shape is not None:
+        found.append(GmTensor("bias", "float32", tile_axes(geometry, spec.bias_shape), "tiles"))
+    if spec.alibi_shape is not None:
+        shape = geometry.batch_heads + (2, 8)
+        found.append(GmTensor("slopes", "float32", shape, "eight times slope, eight times -slope"))
+    if spec.dropout_rate:
+        full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
+        found.append(GmTensor("keep", "uint8", tile_axes(geometry, full), "tiles: 1 = keep, 0 = drop"))
+    return found
 
 
 def needs_bounds(geometry):

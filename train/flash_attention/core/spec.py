@@ -136,3 +136,18 @@ class Operands(NamedTuple):
     q_offset: object = None
     dropout_seed: object = None
     origin: object = None
+
+
+KEYWORDS = {
+    "bias": "bias",
+    "mask": "mask",
+    "alibi_slopes": "slopes",
+    "sinks": "sinks",
+    "q_segment_ids": "q_segment_ids",
+    "kv_segment_ids": "kv_segment_ids",
+    "query_seq_lengths": "q_lengths",
+    "key_value_seq_lengths": "kv_lengths",
+    "q_offset": "q_offset",
+    "dropout_seed": "dropout_seed",
+}
+"""Keyword of the functional call -> field of :class:`Operands`."""

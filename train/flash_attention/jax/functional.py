@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flash_attention.core.errors import invalid_type, invalid_value
-from flash_attention.core.spec import NO_LIMIT, Operands
+from flash_attention.core.spec import KEYWORDS, NO_LIMIT, Operands
 from flash_attention.core.validation import Options, TensorInfo, check_bool, check_length, check_seed, make_spec
 from flash_attention.jax.engines import ENGINES
 
@@ -118,25 +118,12 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
-_OPERANDS = {
-    "bias": "bias",
-    "mask": "mask",
-    "alibi_slopes": "slopes",
-    "sinks": "sinks",
-    "q_segment_ids": "q_segment_ids",
-    "kv_segment_ids": "kv_segment_ids",
-    "query_seq_lengths": "q_lengths",
-    "key_value_seq_lengths": "kv_lengths",
-    "dropout_seed": "dropout_seed",
-}  # keyword of the call -> field of Operands
-
-
 def call_of(q_offset=None, **arguments):
     """Keywords of :func:`flash_attention` (and ``tile``, a compute tile) as ``(Operands, Options)``."""
-    operands = {field: arguments.pop(name, None) for name, field in _OPERANDS.items()}
+    operands = Operands(**{field: arguments.pop(name, None) for name, field in KEYWORDS.items()})
     if hasattr(q_offset, "ndim"):  # an array, also a traced one, is a run-time operand
-        return Operands(q_offset=q_offset, **operands), Options(**arguments)
-    return Operands(**operands), Options(q_offset=q_offset, **arguments)
+        return operands._replace(q_offset=q_offset), Options(**arguments)
+    return operands, Options(q_offset=q_offset, **arguments)
 
 
 def attend(layer, query, key, value, operands, options, implementation=None):

@@ -13,7 +13,7 @@ import numpy as np
 
 from flash_attention.core import reference
 from flash_attention.core.alibi import alibi_slopes
-from flash_attention.core.spec import AttentionSpec, Operands
+from flash_attention.core.spec import KEYWORDS, AttentionSpec, Operands
 from flash_attention.tools.bench.cases import round_to
 from flash_attention.tools.frontends import FRONT_ENDS
 from flash_attention.tools.table import format_table, progress
@@ -21,17 +21,6 @@ from flash_attention.tools.table import format_table, progress
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 ALLOWED = 16.0  # times eps times the largest reference value: room for a framework's own exp, none for a mistake
 DIRECTIONS = ("forward", "backward")
-
-_OPERANDS = {
-    "bias": "bias",
-    "mask": "mask",
-    "alibi_slopes": "slopes",
-    "sinks": "sinks",
-    "q_segment_ids": "q_segment_ids",
-    "kv_segment_ids": "kv_segment_ids",
-    "query_seq_lengths": "q_lengths",
-    "key_value_seq_lengths": "kv_lengths",
-}  # keyword of the functional call -> field of Operands
 
 
 class CheckCase(NamedTuple):
@@ -100,10 +89,9 @@ def inputs(case):
 def truth(case, arrays):
     """Float64 ``{'forward': {...}, 'backward': {...}}`` of a case."""
     query, key, value, d_out = (x.astype(np.float64) for x in arrays)
-    fields = {_OPERANDS[name]: x for name, x in case.tensors.items() if name in _OPERANDS}
-    if "dropout_seed" in case.tensors:
-        fields["dropout_seed"] = np.uint32(case.tensors["dropout_seed"])
-    operands = Operands(**fields)
+    operands = Operands(**{KEYWORDS[name]: x for name, x in case.tensors.items()})
+    if operands.dropout_seed is not None:
+        operands = operands._replace(dropout_seed=np.uint32(operands.dropout_seed))
     out, lse = reference.attention(np, case.spec, query, key, value, operands)
     grads = reference.attention_grad(case.spec, query, key, value, operands, d_out)
     return {"forward": {"out": out, "lse": lse}, "backward": {name: grads[name] for name in ("query", "key", "value")}}

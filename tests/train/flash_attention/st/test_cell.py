@@ -23,17 +23,7 @@ pytestmark = [
     pytest.mark.platform_arm_ascend910b_training,
     pytest.mark.env_onecard,
 ]
-MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
 SHAPE = (2, 4, 40, 16)
-
-
-@pytest.fixture(params=list(MODES))
-def mode(request):
-    """Runs the test in PyNative and in graph mode."""
-    before = ms.get_context("mode")
-    ms.set_context(mode=MODES[request.param])
-    yield request.param
-    ms.set_context(mode=before)
 
 
 @pytest.fixture(params=ENGINES_HERE)

@@ -20,18 +20,8 @@ pytestmark = [
     pytest.mark.platform_arm_ascend910b_training,
     pytest.mark.env_onecard,
 ]
-MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 8, 24
 WIDTH = HEADS * HEAD_DIM
-
-
-@pytest.fixture(params=list(MODES))
-def mode(request):
-    """Runs the test in PyNative and in graph mode."""
-    before = ms.get_context("mode")
-    ms.set_context(mode=MODES[request.param])
-    yield request.param
-    ms.set_context(mode=before)
 
 
 @pytest.fixture(params=ENGINES_HERE)

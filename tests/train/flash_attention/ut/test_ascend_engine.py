@@ -15,20 +15,11 @@ from flash_attention.ops import ENGINES, tik
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 CASES = {"mask with dead rows", "ALiBi", "dropout", "one kv head", "compact mask"}
-MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
-
-
-@pytest.fixture(params=list(MODES))
-def mode(request):
-    before = ms.get_context("mode")
-    ms.set_context(mode=MODES[request.param])
-    yield MODES[request.param]
-    ms.set_context(mode=before)
 
 
 @pytest.mark.parametrize("case", [fp16_case(case) for case in tagged("ci") if case.name in CASES], ids=str)
 def test_functional_call(case, mode):
-    assert_kernel_matches(case, MindSporeEngine("simulator", mode).run(case))
+    assert_kernel_matches(case, MindSporeEngine("simulator", ms.get_context("mode")).run(case))
 
 
 def test_cell_runs_the_very_kernel(mode):

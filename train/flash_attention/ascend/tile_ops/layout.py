@@ -66,6 +66,27 @@ def copy(api, dst, src, elements):
     api.data_move(dst.at(), src.at(), 0, 1, elements // BLOCK[src.tensor.dtype], 0, 0)
 
 
+def load_operand(api, dst, src, head, heads, q_tile, key_tile, piece, groups):
+    """One piece of a packed operand (mask, bias, keep) -> UB (pipe MTE2).
+
+    Args:
+        dst: tensor in UB. src: tensor in global memory with the axes of ``signature.tile_axes``.
+        head: batch and head, counted together; heads: N. q_tile, key_tile: which tile.
+        piece: which of its pieces of ``groups`` groups of queries.
+
+    Returns:
+        the groups it has: 1 where all queries share a tile.
+    """
+    batches, own_heads, q_tiles, kv_tiles, all_groups, keys, lanes = src.shape
+    batch = head // heads if batches > 1 else 0
+    head = head % heads if own_heads > 1 else 0
+    tile = ((batch * own_heads + head) * q_tiles + (q_tile if q_tiles > 1 else 0)) * kv_tiles + key_tile
+    loaded = min(all_groups, groups)
+    offset = tile * (all_groups * keys * lanes) + (piece * loaded * keys * lanes if all_groups > 1 else 0)
+    copy(api, Place(dst), Place(src, offset), loaded * keys * lanes)
+    return loaded
+
+
 def drain(api, dst, src, bursts, fractals, dst_gap=0):
     """L0C -> UB in the layout of L0C (pipe V): one cycle for 256 bytes read.
 
