@@ -1,7 +1,7 @@
 """Flexible attention: one factory over many mechanisms, and the registry that they join with one decorated class."""
 
 from flash_attention.jax.distributed.mesh import make_mesh
-from flash_attention.jax.flexible import mechanisms  # noqa: F401  (registers them)
+from flash_attention.jax.flexible import entries  # noqa: F401  (registers the mechanisms)
 from flash_attention.jax.flexible.benchmark import BenchmarkTable, run_attention_benchmarks
 from flash_attention.jax.flexible.cache import FlaxAttentionModule, KVCache
 from flash_attention.jax.flexible.config import AttentionBaseConfig
