@@ -35,13 +35,13 @@ def set_weights(model, seed=0, gain=1.5):
         parameter.set_data(Tensor(value.astype(np.float32)).astype(parameter.dtype))
 
 
-def results(model, logits_of, loss_of):
+def results(model, logits_of, loss_of, *inputs):
     """{name: float64 array}: 'logits', 'loss' and the gradient of every parameter, by its name."""
     model.set_train(False)
-    found = {"logits": logits_of()}
+    found = {"logits": logits_of(*inputs)}
     model.set_train(True)
     parameters = model.trainable_params()
-    loss, gradients = ms.value_and_grad(loss_of, None, parameters)()
+    loss, gradients = ms.value_and_grad(loss_of, None, parameters)(*inputs)
     found["loss"] = loss
     found.update(zip([parameter.name for parameter in parameters], gradients))
     return {name: x.astype(ms.float32).asnumpy().astype(np.float64) for name, x in found.items()}

@@ -34,8 +34,7 @@ def build(flash, dtype="float32", **changes):
 
 def run(flash, ids=IDS, **changes):
     model = build(flash, **changes)
-    whole, inputs = Tensor(ids), Tensor(ids[:, :-1])
-    found = results(model, lambda: model(inputs)[0], lambda: model(whole))
+    found = results(model, lambda whole: model(whole[:, :-1])[0], model, Tensor(ids))
     found["logits"] = found["logits"].reshape(BATCH, LENGTH, -1)[ids[:, :-1] != PAD]
     return found
 

@@ -78,6 +78,18 @@ def build(which, attention, **changes):
     return model
 
 
+def language_model_results(model, ids, labels, **options):
+    """`libraries.results` of a model that shifts its labels itself."""
+
+    def logits_of(ids, labels):
+        return model(input_ids=ids, **options)[0]
+
+    def loss_of(ids, labels):
+        return model(input_ids=ids, labels=labels, **options)[0]
+
+    return results(model, logits_of, loss_of, ids, labels)
+
+
 def run(which, attention, padded=False, ids=IDS, **changes):
     """`libraries.results` of a model; with padding, of what is not padding."""
     model = build(which, attention, **changes)
@@ -88,10 +100,7 @@ def run(which, attention, padded=False, ids=IDS, **changes):
     if padded:
         options["attention_mask"] = Tensor(RIGHT.astype(np.int32))
         labels = np.where(RIGHT, ids, -100).astype(np.int32)
-    ids, labels = Tensor(ids), Tensor(labels)
-    found = results(
-        model, lambda: model(input_ids=ids, **options)[0], lambda: model(input_ids=ids, labels=labels, **options)[0]
-    )
+    found = language_model_results(model, Tensor(ids), Tensor(labels), **options)
     if padded:
         found["logits"] = found["logits"][RIGHT]
     return found
@@ -166,10 +175,7 @@ def test_mistral_window(own):
 
     def windowed(attention, **options):
         model = build("mistral", attention, sliding_window=window)
-        options.update(use_cache=False, return_dict=False)
-        return results(
-            model, lambda: model(input_ids=ids, **options)[0], lambda: model(input_ids=ids, labels=ids, **options)[0]
-        )
+        return language_model_results(model, ids, ids, use_cache=False, return_dict=False, **options)
 
     want = windowed("eager", attention_mask=mask)
     with integration.enable(NAME):
@@ -201,14 +207,9 @@ def test_llama_in_graph_mode(own):
 
     def compiled(attention):
         model = build("llama", attention)
-        options = {"use_cache": False, "return_dict": False}
         ms.set_context(mode=ms.GRAPH_MODE)
         try:
-            return results(
-                model,
-                lambda: model(input_ids=ids, **options)[0],
-                lambda: model(input_ids=ids, labels=ids, **options)[0],
-            )
+            return language_model_results(model, ids, ids, use_cache=False, return_dict=False)
         finally:
             ms.set_context(mode=ms.PYNATIVE_MODE)
 
