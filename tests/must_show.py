@@ -29,9 +29,9 @@ def load(path=STORE):
         return json.load(stream)
 
 
-def record(name, value, bound=None, unit="", at_least=False, path=STORE):
-    """Keep the figure in the store (the newest of a name wins) and return its entry."""
-    entry = {
+def entry(name, value, bound=None, unit="", at_least=False):
+    """One figure of a test, measured now."""
+    return {
         "name": name,
         "value": float(value),
         "bound": None if bound is None else float(bound),
@@ -40,13 +40,18 @@ def record(name, value, bound=None, unit="", at_least=False, path=STORE):
         "time": time.time(),
         "command": os.environ.get("FLASH_COMMAND", "pytest"),
     }
+
+
+def keep(entries, path=STORE):
+    """Put the entries into the store; the newest of a name wins."""
+    if not entries:
+        return
     figures = load(path)
-    figures[name] = entry
+    figures.update({entry["name"]: entry for entry in entries})
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".new", "w", encoding="utf-8") as stream:
         json.dump(figures, stream, indent=1)
     os.replace(path + ".new", path)  # a run that is stopped here leaves the old file whole
-    return entry
 
 
 def holds(entry):
