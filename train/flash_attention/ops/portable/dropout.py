@@ -42,13 +42,15 @@ class RowKeys(nn.Cell):
         super().__init__(auto_prefix=False)
         self.mix = Mix()
         self.golden, self.one = _u32(dropout._GOLDEN), _u32(1)
-        self.h = Tensor(np.arange(spec.heads, dtype=np.uint32).reshape(1, -1, 1, 1))
-        self.i = Tensor(np.arange(spec.q_len, dtype=np.uint32).reshape(1, 1, -1, 1))
+        first_row, first_head, first_query, _ = spec.origin
+        self.first_row = float(first_row)
+        self.h = Tensor(np.arange(first_head, first_head + spec.heads, dtype=np.uint32).reshape(1, -1, 1, 1))
+        self.i = Tensor(np.arange(first_query, first_query + spec.q_len, dtype=np.uint32).reshape(1, 1, -1, 1))
 
     def construct(self, query, seed):
         # The batch may be known only at run time: its indices are a running count of ones.
         ones = ones_like(cast(take_columns(take_rows(query, 0, 1), 0, 1), mstype.float32))[:, :1]
-        b = cast(P.CumSum()(ones, 0) - 1.0, mstype.uint32)
+        b = cast(P.CumSum()(ones, 0) + (self.first_row - 1.0), mstype.uint32)
         state = self.mix(reshape(cast(seed, mstype.uint32), (1, 1, 1, 1)))
         for index in (b, self.h, self.i):
             state = self.mix(_xor(state, (index + self.one) * self.golden))
@@ -64,7 +66,8 @@ class RowKeep(nn.Cell):
 
     def __init__(self, spec, row):
         super().__init__(auto_prefix=False)
-        column = dropout.col_key(np, np.arange(row.key, row.key + row.keys)).reshape(1, -1)
+        first = spec.origin[3] + row.key
+        column = dropout.col_key(np, np.arange(first, first + row.keys)).reshape(1, -1)
         self.column = Tensor(column[None, None])
         self.s15 = _u32(15)
         self.m1, self.m2 = _u32(dropout._M1), _u32(dropout._M2)
