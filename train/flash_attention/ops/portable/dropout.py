@@ -3,6 +3,8 @@
 CPU kernels exist for uint32 multiply, xor, shift and compare; constants and column keys come from ``core.dropout``.
 """
 
+from collections import namedtuple
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
@@ -12,6 +14,9 @@ from mindspore.ops import operations as P
 from flash_attention.core import dropout
 from flash_attention.ops.host import HostFunction
 from flash_attention.ops.portable.scores import cast, ones_like, reshape, take_columns, take_rows
+
+AllRows = namedtuple("AllRows", "first rows key keys")
+"""The row tile that RowKeep is asked for where it is everything."""
 
 _xor = P.BitwiseXor()
 _shift = P.RightShift()
