@@ -15,9 +15,7 @@ from flash_attention.core import dropout
 from flash_attention.ops.host import HostFunction
 from flash_attention.ops.portable.scores import cast, ones_like, reshape, take_columns, take_rows
 
-AllRows = namedtuple("AllRows", "first rows key keys")
-"""The row tile that RowKeep is asked for where it is everything."""
-
+_Rows = namedtuple("_Rows", "first rows key keys")  # what RowKeep reads of a row tile
 _xor = P.BitwiseXor()
 _shift = P.RightShift()
 
@@ -97,6 +95,18 @@ class RowKeep(nn.Cell):
         x = _xor(x, _shift(x, self.s15)) * self.m2
         kept = cast(P.GreaterEqual()(x, self.threshold), mstype.float32) * self.factor
         return reshape(kept, self.shape)
+
+
+class KeepFactors(nn.Cell):
+    """``(x, seed)`` -> keep factors of a whole call, fp32 (B, N, Sq, Sk); of x (B, ...) only the batch matters."""
+
+    def __init__(self, spec):
+        super().__init__(auto_prefix=False)
+        self.keys, self.keep = RowKeys(spec), RowKeep(spec, _Rows(0, spec.q_len, 0, spec.kv_len))
+        self.shape = (-1, spec.heads, spec.q_len, spec.kv_len)
+
+    def construct(self, x, seed):
+        return reshape(self.keep(self.keys(x, seed)), self.shape)
 
 
 def host_keep(row_keys, column, rate):
