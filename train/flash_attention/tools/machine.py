@@ -42,6 +42,28 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_HALT_POLL = "/sys/module/haltpoll/parameters/guest_halt_poll_ns"
+HALTING = (
+    "idle cores halt at once, and waking one costs so much that XLA and MindSpore can take twice their time; as root: "
+    "echo 2000000 > {0}; echo N > {1}".format(_HALT_POLL, _HALT_POLL.replace("poll_ns", "poll_allow_shrink"))
+)
+
+
+def idle_cores(path=_HALT_POLL):
+    """What a virtual machine's cores do before they halt: :data:`HALTING`, 'idle cores poll N us first', or None.
+
+    On a bare machine a sleeping thread wakes in microseconds. In a virtual one whose cores halt the host must put the
+    core back to work; libraries whose idle threads sleep (XLA, MindSpore) pay for that at every small operation, those
+    whose threads spin (OpenMP: torch, numpy) do not. None: the kernel has no such setting.
+    """
+    try:
+        with open(path, encoding="ascii") as stream:
+            nanoseconds = int(stream.read())
+    except (OSError, ValueError):
+        return None
+    return "idle cores poll {:g} us first".format(nanoseconds / 1e3) if nanoseconds else HALTING
+
+
 def package_version(name):
     """Installed version of a distribution without importing it; None when it is not installed."""
     try:

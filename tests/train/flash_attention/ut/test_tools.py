@@ -49,6 +49,16 @@ def test_cpu_class_from_flags(text, want):
     assert machine.cpu_class(text) == want
 
 
+@pytest.mark.parametrize(
+    "text, want", [("0\n", machine.HALTING), ("2000000\n", "idle cores poll 2000 us first"), (None, None)]
+)
+def test_what_idle_cores_do(tmp_path, text, want):
+    path = tmp_path / "guest_halt_poll_ns"
+    if text is not None:
+        path.write_text(text)
+    assert machine.idle_cores(str(path)) == want
+
+
 def test_versions_name_what_is_and_what_is_not_installed():
     found = machine.versions()
     assert found["numpy"] == np.__version__

@@ -34,6 +34,8 @@ def run(args):
     unknown = [name for name in args.names if name not in benchmarks]
     if unknown:
         args.parser.error("NAME must be one of {}, but got {}.".format(", ".join(benchmarks), ", ".join(unknown)))
+    if machine.idle_cores():
+        print("This machine: {}".format(machine.idle_cores()))
     code = 0
     for name in args.names or benchmarks:
         code = max(code, run_one(benchmarks[name], args))
@@ -115,6 +117,7 @@ def document_of(benchmark, jobs, content):
         "source": content["stamp"]["source"],
         "cpu": machine.cpu_name(),
         "cpu_class": where["cpu_class"],
+        "idle_cores": machine.idle_cores(),
         "limits": content["limits"],
         "rows": report.rows_of(jobs, content["jobs"]),
         "figures": [figure for figure in figures if figure["value"] is not None],
