@@ -173,8 +173,9 @@ class _BackwardRound(nn.Cell):
         else:
             here = self.move(here, (sums, before))
             sums = self.move_sums(sums, here)
-        added = (None,) * self.chunks
-        index = 2 + self.first
+        added, index = (), 2 + self.first
+        for _ in range(self.chunks):
+            added = added + (None,)
         for pair in self.pairs:
             grads = _pair_grads(pair, here, call, results, results[index], cotangents)
             index = index + 1
