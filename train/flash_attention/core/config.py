@@ -27,11 +27,11 @@ LAYER = "FlashAttention"
 class CellConfig:
     """Constructor arguments of ``FlashAttention`` in their published order, validated on construction.
 
-    ``block_size=None`` takes the tiling strategy's own unit: 128 for 'sparse' and 'auto', 64 for 'wukong'. ``layer`` is
-    the name used in messages.
+    ``head_dim=None`` takes the query's; ``head_num`` is checked against the query when given. ``block_size=None`` takes
+    the tiling strategy's own unit: 128 for 'sparse' and 'auto', 64 for 'wukong'. ``layer``: the name in messages.
     """
 
-    head_dim: int
+    head_dim: Optional[int]
     dropout_rate: float = 0.0
     prev_block_num: int = NO_LIMIT
     next_block_num: int = NO_LIMIT
@@ -47,9 +47,12 @@ class CellConfig:
     engine: Optional[str] = None
     return_lse: bool = False
     layer: str = LAYER
+    head_num: Optional[int] = None
 
     def __post_init__(self):
-        check_int(self.layer, "head_dim", self.head_dim, 1)
+        for name in ("head_dim", "head_num"):
+            if getattr(self, name) is not None:
+                check_int(self.layer, name, getattr(self, name), 1)
         check_rate(self.layer, "dropout_rate", self.dropout_rate)
         for name in ("prev_block_num", "next_block_num"):
             check_int(self.layer, name, getattr(self, name), 0)
@@ -79,11 +82,13 @@ class CellConfig:
         )
 
     def check_query(self, shape):
-        """Raise unless the query is (B, N, S, head_dim)."""
+        """Raise unless the query is (B, N, S, head_dim), with N = head_num; either may be left open by None."""
         if len(shape) != 4:
             raise invalid_value(self.layer, "query", "of rank 4 with layout BNSD", "shape {}".format(tuple(shape)))
-        if shape[3] != self.head_dim:
+        if self.head_dim is not None and shape[3] != self.head_dim:
             raise invalid_value(self.layer, "query", "of head_dim {}".format(self.head_dim), shape[3])
+        if self.head_num is not None and shape[1] != self.head_num:
+            raise invalid_value(self.layer, "query", "of {} heads, as head_num says".format(self.head_num), shape[1])
 
     def mask_shape(self, mask, batch, heads, q_len, kv_len):
         """Shape to give ``attention_mask`` before it becomes the functional ``mask``.
