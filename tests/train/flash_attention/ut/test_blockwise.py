@@ -244,6 +244,15 @@ def test_masks_and_positions():
 
 
 @pytest.mark.slow
+def test_the_past_ignores_the_future():
+    block = BlockwiseParallelJax(**SIZES)
+    x = jnp.asarray(X, jnp.float32)
+    later = block.forward(x.at[:, 12:].set(5.0))
+    np.testing.assert_array_equal(later[:, :12], block.forward(x)[:, :12])
+    assert bool((later[:, 12:] != block.forward(x)[:, 12:]).all())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu", "silu", "swish", "quick_gelu"])
 def test_activations(name):
     block = BlockwiseParallelJax(**dict(SIZES, activation_function=name))

@@ -24,6 +24,7 @@ from support.blockwise import (
     X,
     draws,
 )
+from support.graphs import output_shapes
 
 from flash_attention.core.mechanisms.weights import unflatten_params
 from flash_attention.nn import (
@@ -175,6 +176,38 @@ def test_fused_loss_in_a_graph():
     in_graph.test_fused_equals_the_plain_mean()
 
 
+class _FusedStep(nn.Cell):
+    """The fused loss and its gradients in one graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = _Fused({"chunk_size": 64})
+        self.gradient = ops.grad(_First(self.fused), (0, 1, 2))
+
+    def construct(self, *tensors):
+        return self.fused(*tensors), self.gradient(*tensors)
+
+
+@pytest.mark.slow
+def test_the_fused_loss_never_forms_the_logits(tmp_path):
+    """No operator's output in the compiled graph, forward and backward, is larger than a chunk's logits."""
+    hidden, weight, bias = (_tensor(np.ones(shape)) for shape in ((1, 512, 8), (600, 8), 600))
+    tokens, valid = (Tensor(np.ones((1, 512), np.int32)) for _ in range(2))
+    shapes = output_shapes(str(tmp_path), lambda: _FusedStep()(hidden, weight, bias, tokens, valid))
+    sizes = [np.prod(shape) for shape in shapes]
+    assert len(sizes) > 20  # the graph was read
+    assert 64 * 600 in sizes and max(sizes) == 64 * 600
+
+
+@pytest.mark.slow
+def test_the_network_of_a_block_stays_in_chunks(tmp_path):
+    """Nothing of the length times the network's width, nor of the length squared."""
+    block = BlockwiseParallel(32, 32, 16, 2, 4, 128, policy=None, engine="portable").set_train(False)
+    shapes = output_shapes(str(tmp_path), lambda: block(_tensor(np.ones((1, 256, 16)))))
+    assert (1, 32, 128) in shapes or (32, 128) in shapes
+    assert max(np.prod(shape) for shape in shapes) <= 2 * 32 * 256
+
+
 @pytest.mark.slow
 def test_loss_in_a_graph():
     in_graph = LossOf()
@@ -306,6 +339,8 @@ def test_masks_and_positions():
     twice = block(x, None, Tensor(np.stack([np.arange(21), 2 * np.arange(21)]).astype(np.int32))).asnumpy()
     np.testing.assert_allclose(twice[0], plain[0], atol=1e-6)
     assert not np.allclose(twice[1], plain[1], atol=1e-3)
+    later = block(_tensor(np.where(np.arange(21)[:, None] < 12, X, 5.0))).asnumpy()
+    np.testing.assert_allclose(later[:, :12], plain[:, :12], atol=1e-6)
     with pytest.raises(ValueError, match="bias="):
         block(x, Tensor(-np.ones((2, 21), np.float32)))
 
@@ -338,6 +373,8 @@ def test_half_precision():
         assert out.dtype == dtype
         want = plain(_tensor(X), Tensor(KEEP)).asnumpy()
         np.testing.assert_allclose(out.astype(ms.float32).asnumpy(), want, atol=0.02 if dtype == ms.float16 else 0.15)
+        _, grads, weights = in_mindspore.run_layer(block, [X], X_OUT)
+        assert np.isfinite(grads[0]).all() and all(np.isfinite(grad).all() for grad in weights.values())
 
 
 @pytest.mark.parametrize("options, error, match", BAD_BLOCKS)
