@@ -20,6 +20,13 @@ PUBLIC = (
             ("nn/flexible/registry.py", "flash_attention.nn", ("Mechanism", "MechanismRegistry")),
             ("nn/layer/multi_query.py", "flash_attention.nn", ("MultiQueryAttention", "grouped_query_attention")),
             ("nn/layer/dilated.py", "flash_attention.nn", ("DilatedAttention", "dilated_attention")),
+            ("nn/layer/blockwise.py", "flash_attention.nn", ("BlockwiseAttention", "BlockwiseFFN")),
+            ("nn/layer/blockwise_block.py", "flash_attention.nn", ("BlockwiseParallel",)),
+            (
+                "nn/layer/blockwise_loss.py",
+                "flash_attention.nn",
+                ("Blockwise_LM_Head", "blockwise_cross_entropy", "blockwise_fused_cross_entropy"),
+            ),
             (
                 "nn/layer/cross_modal.py",
                 "flash_attention.nn",
@@ -59,6 +66,17 @@ PUBLIC = (
                 "jax/mechanisms/multi_query.py",
                 "flash_attention.jax",
                 ("MultiQueryAttention", "grouped_query_attention"),
+            ),
+            (
+                "jax/mechanisms/blockwise.py",
+                "flash_attention.jax",
+                ("blockwise_compute_attn", "blockwise_compute_ffn"),
+            ),
+            ("jax/mechanisms/blockwise_block.py", "flash_attention.jax", ("BlockwiseParallelJax",)),
+            (
+                "jax/mechanisms/blockwise_loss.py",
+                "flash_attention.jax",
+                ("Blockwise_LM_Head", "blockwise_cross_entropy", "blockwise_fused_cross_entropy"),
             ),
             ("jax/mechanisms/positions.py", "flash_attention.jax", ("rotary", "xpos", "t5_bias", "alibi_bias")),
         ),
