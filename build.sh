@@ -24,6 +24,7 @@ run finds it made. Set these to change that:
                             the tests that have to do with JAX
   FLASH_DEADLINE=EPOCH      tests: start none after this time (`date +%s`), print those not reached
   FLASH_TEST_TIMEOUT=900    tests: seconds after which a single test fails
+  FLASH_TEST_WORKERS=2      tests: processes side by side, a file each (default: the cores, at most 4; 0: this one)
   FLASH_FAST_DONE=1         `test all`: leave out what `test` has run, and keep its figures for the table
 TEXT
 }
@@ -174,7 +175,7 @@ make_env() { # make_env EXTRA...   sets VENV and makes it hold jax, MindSpore un
 
 # --- bash build.sh test [all|integration] [pytest arguments] -----------------------------------------------------------------
 run_tests() {
-    local what=fast select status=0
+    local what=fast select status=0 cores
     export FLASH_COMMAND="bash build.sh test" FLASH_RUN_START="${FLASH_RUN_START:-$(date +%s)}" # for the table of figures
     case ${1:-} in all | integration) what=$1 FLASH_COMMAND+=" $1"; shift ;; esac
     make_env test
@@ -192,9 +193,10 @@ run_tests() {
     esac
     # The model libraries come last, every third day first: what a deadline cuts off is another part each day.
     local first=0
-    if [ "$what" = all ] && [ $((10#$(date +%j) % 3)) -eq 0 ]; then first=1; fi
+    if [ "$what" = all ] && [ $((10#$(date +%j) % 3)) -eq 1 ]; then first=1; fi
     if [ $first -eq 1 ]; then (test_libraries "$@") || status=$?; fi
-    "$VENV/bin/python" -m pytest -m "$select" --timeout "${FLASH_TEST_TIMEOUT:-900}" --durations 15 "$@" || status=$?
+    cores=$("$VENV/bin/python" -c "import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()))")
+    "$VENV/bin/python" -m pytest -m "$select" -n "${FLASH_TEST_WORKERS:-$cores}" --dist loadfile --timeout "${FLASH_TEST_TIMEOUT:-900}" --durations 15 "$@" || status=$?
     if [ "$what" = all ]; then
         [ $first -eq 1 ] || (test_libraries "$@") || status=$?
         "$VENV/bin/python" tests/must_show.py --since "$FLASH_RUN_START"
