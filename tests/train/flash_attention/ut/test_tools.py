@@ -21,8 +21,9 @@ from flash_attention.core.errors import Reason
 from flash_attention.core.plan import make_plan
 from flash_attention.core.spec import AttentionSpec, Operands
 from flash_attention.tools import check, cli, info, machine
-from flash_attention.tools.bench import distance, judge, limits, measure, registry, report, worker
+from flash_attention.tools.bench import distance, judge, limits, measure, registry, report
 from flash_attention.tools.bench import run as bench_run
+from flash_attention.tools.bench import worker as bench_worker
 from flash_attention.tools.bench.cases import SEED, Case, round_to
 from flash_attention.tools.frontends import FRONT_ENDS, FrontEnd
 
@@ -676,5 +677,5 @@ def test_threads_of_the_pool_are_spread_over_the_cores(tmp_path, monkeypatch):
     pinned = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1})
     monkeypatch.setattr(os, "sched_setaffinity", lambda task, cores: pinned.append((task, cores)))
-    worker.spread_threads(str(tmp_path))
+    bench_worker.spread_threads(str(tmp_path))
     assert pinned == [(9, {1}), (10, {3}), (100, {1})]
