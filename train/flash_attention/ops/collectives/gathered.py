@@ -48,7 +48,7 @@ class AllToAll(nn.Cell):
 
 
 class AllGather(nn.Cell):
-    """See :mod:`~flash_attention.ops.collectives.base`. On the CPU only the world group gathers: members pick theirs."""
+    """See :mod:`~flash_attention.ops.collectives.base`. The CPU gathers over all processes: members pick theirs."""
 
     def __init__(self, group, axis, members=None):
         super().__init__(auto_prefix=False)
