@@ -6,6 +6,17 @@
 MECHANISMS = {
     "cross_modal": ("CrossModalAttention", "CrossModalBlock", "info_nce", "l2_normalize", "logit_scale"),
     "dilated": ("DilatedAttention", "dilated_attention"),
+    "landmark": ("FusedLandmarkAttention", "fused_landmark_attention"),
     "multi_query": ("MultiQueryAttention", "grouped_query_attention"),
     "positions": ("alibi_bias", "rotary", "t5_bias", "xpos"),
+    "sparse": (
+        "compact",
+        "dynamic_sparse_attention",
+        "hash_sparse_attention",
+        "hash_sparse_attention_kernel",
+        "pad_index",
+        "qk_sparse_attention",
+        "qk_sparse_attention_kernel",
+        "sort_bucketed_attention",
+    ),
 }

@@ -11,6 +11,17 @@ MECHANISMS = {
     "dilated": ("DilatedAttention", "dilated_attention"),
     "multi_query": ("MultiQueryAttention", "grouped_query_attention"),
     "positions": ("Rotary", "T5Bias", "XPos", "alibi_bias"),
+    "sparse": (
+        "DynamicSparseAttention",
+        "compact",
+        "dynamic_sparse_attention",
+        "hash_sparse_attention",
+        "hash_sparse_attention_kernel",
+        "pad_index",
+        "qk_sparse_attention",
+        "qk_sparse_attention_kernel",
+        "sort_bucketed_attention",
+    ),
     "projection": ("load_weights", "weights_of"),
     "triangle_attention": ("TriangleAttention",),
 }
