@@ -22,6 +22,7 @@ run finds it made. Set these to change that:
                             the tests that have to do with JAX
   FLASH_DEADLINE=EPOCH      tests: start none after this time (`date +%s`), print those not reached
   FLASH_TEST_TIMEOUT=900    tests: seconds after which a single test fails
+  FLASH_TEST_WORKERS=2      tests: processes side by side, a file each (default: the cores, at most 4; 0: this one)
   FLASH_FAST_DONE=1         `test all`: leave out what `test` has run, and keep its figures for the table
 TEXT
 }
@@ -134,7 +135,7 @@ make_env() { # make_env EXTRA...   sets VENV and makes it hold jax, MindSpore un
 
 # --- bash build.sh test [all|integration] [pytest arguments] -----------------------------------------------------------------
 run_tests() {
-    local what=fast select status=0
+    local what=fast select status=0 cores
     export FLASH_COMMAND="bash build.sh test" FLASH_RUN_START="${FLASH_RUN_START:-$(date +%s)}" # for the table of figures
     case ${1:-} in all | integration) what=$1 FLASH_COMMAND+=" $1"; shift ;; esac
     make_env test
@@ -147,7 +148,8 @@ run_tests() {
         export FLASH_ROTATE=1
         ;;
     esac
-    "$VENV/bin/python" -m pytest -m "$select" --timeout "${FLASH_TEST_TIMEOUT:-900}" --durations 15 "$@" || status=$?
+    cores=$("$VENV/bin/python" -c "import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()))")
+    "$VENV/bin/python" -m pytest -m "$select" -n "${FLASH_TEST_WORKERS:-$cores}" --dist loadfile --timeout "${FLASH_TEST_TIMEOUT:-900}" --durations 15 "$@" || status=$?
     if [ "$what" = all ]; then "$VENV/bin/python" tests/must_show.py --since "$FLASH_RUN_START"; fi
     return $status
 }

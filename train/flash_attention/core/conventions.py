@@ -10,6 +10,8 @@ from dataclasses import dataclass
 DISCARD = "non-zero = discard"
 KEEP = "keep where True or > 0"
 BOTTOM_RIGHT = "bottom-right (offset = Sk - Sq)"
+TOP_LEFT = "top-left (offset = 0)"
+LAST = BOTTOM_RIGHT + ", Sq <= Sk"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Call:
 _CELL_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), compact (T,T) or (1,T,T)"
 _CROSS_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), key_padding_mask (B,Sk)"
 _SAME = "Sq = Sk"
+_FLAGS = "(B,Sq,N), (B,Sk,N)"
 _FULL_MASKS = "broadcastable to (B,N,Sq,Sk)"
 _FUNCTION_MASKS = "broadcastable to (B,N,Sq,Sk), compact (T,T)"
 
@@ -81,6 +84,12 @@ CALLS = (
     Call("flash_attention.jax.dilated_attention", "BSND", "none", "-", "-", _SAME),
     Call("flash_attention.nn.DilatedAttention", "x (B,S,E)", "none", "-", "-", _SAME),
     Call("flash_attention.jax.DilatedAttention", "x (B,S,E)", "none", "-", "-", _SAME),
+    Call("flash_attention.nn.dynamic_sparse_attention", "BSND", "q_idx, k_idx ('qk')", KEEP, _FLAGS, TOP_LEFT),
+    Call("flash_attention.jax.dynamic_sparse_attention", "BSND", "q_idx, k_idx ('qk')", KEEP, _FLAGS, TOP_LEFT),
+    Call("flash_attention.nn.DynamicSparseAttention", "BSND", "q_idx, k_idx ('qk')", KEEP, _FLAGS, TOP_LEFT),
+    Call("flash_attention.nn.fused_landmark_attention", "BNSD", "none", "-", "-", LAST),
+    Call("flash_attention.jax.fused_landmark_attention", "BNSD", "none", "-", "-", LAST),
+    Call("flash_attention.nn.FusedLandmarkAttention", "BNSD", "none", "-", "-", LAST),
     Call("flash_attention.nn.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
     Call("flash_attention.jax.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
     Call("flash_attention.nn.TriangleAttention", "BNSD", "attention_mask", DISCARD, "(1|B,S,S)", _SAME),

@@ -36,6 +36,7 @@ class AttentionSpec:
         dropout_rate: probability of dropping, in [0, 1).
         tiling: name of the tiling strategy, for engines whose tiles it decides; never changes a result.
         tile: (queries, keys) of a compute tile, for engines that take one; None = their choice; never changes a result.
+        layout: 'BNSD', or 'BSND' for an engine that reads it as it is (``Engine.layouts``).
         wide: output and gradients stay float32 whatever the dtype: parts that are to be merged or summed.
     """
 
@@ -66,6 +67,7 @@ class AttentionSpec:
     dropout_rate: float = 0.0
     tiling: str = "auto"
     tile: Optional[Tuple[int, int]] = None
+    layout: str = "BNSD"
     wide: bool = False
 
     def __post_init__(self):

@@ -10,8 +10,9 @@ import pytest
 from support import in_jax
 from support.landmark import BEST, IRREGULAR, REGULAR, Landmark, MoreLandmark, dense, draws
 
+from flash_attention.core.errors import UnsupportedError
 from flash_attention.core.mechanisms import landmark as shared
-from flash_attention.jax import FusedLandmarkAttention, fused_landmark_attention
+from flash_attention.jax import FlexibleAttentionModule, FusedLandmarkAttention, fused_landmark_attention
 from flash_attention.jax.mechanisms import landmark_tiles
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
@@ -88,6 +89,18 @@ def test_class():
 def test_published_example():
     q, k, v = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 12, 128, 64)), jnp.float32)
     assert fused_landmark_attention(q, k, v, jnp.zeros(128, bool)).shape == (8, 12, 128, 64)
+
+
+def test_mechanism_of_the_registry():
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(0).standard_normal((3, 2, 40, 4, 8)))
+    sizes = {"num_attention_heads": 4, "num_kv_heads": 2, "head_dims": 8, "sm_scale": 0.5, "block_size": 8}
+    module = FlexibleAttentionModule(attn_mechanism="landmark", **sizes)
+    out = module(query_states=q, key_states=k[:, :, :2], value_states=v[:, :, :2], causal=True)
+    by_head = [jnp.swapaxes(x, 1, 2) for x in (q, k[:, :, [0, 0, 1, 1]], v[:, :, [0, 0, 1, 1]])]
+    want = jnp.swapaxes(fused_landmark_attention(*by_head, shared.regular(40, 8), 0.5, 8), 1, 2)
+    np.testing.assert_allclose(out.attention_outputs, want, atol=1e-6)
+    with pytest.raises(UnsupportedError, match="'causal' must be True"):
+        module(query_states=q, key_states=k[:, :, :2], value_states=v[:, :, :2], causal=False)
 
 
 # --- cost -----------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def tables(is_landmark):
 
     Returns:
         ``members`` int32 (B, S + 1, L), the ordinary keys of each section, -1 where there are fewer; ``landmarks``
-        int32 (B, S), the key that closes each, -1 where a batch row has fewer. The last section of a row is open. L >= 1.
+        int32 (B, S), the key that closes each, -1 where a batch row has fewer. The last section of a row is open.
     """
     batch, length = is_landmark.shape
     count = int(is_landmark.sum(1).max())

@@ -9,6 +9,7 @@ from flash_attention.nn.layer.flash_attention import FlashAttention
 MECHANISMS = {
     "cross_modal": ("CrossModalAttention", "CrossModalBlock", "info_nce", "l2_normalize", "logit_scale"),
     "dilated": ("DilatedAttention", "dilated_attention"),
+    "landmark": ("FusedLandmarkAttention", "fused_landmark_attention"),
     "multi_query": ("MultiQueryAttention", "grouped_query_attention"),
     "positions": ("Rotary", "T5Bias", "XPos", "alibi_bias"),
     "sparse": (
