@@ -8,8 +8,8 @@ reordered, separately for every head, so that the keys of each query become one 
 
 tokens (B, N, H, D) -> sort | compact -> (B, H, N, D) -> **intervals** -> blockwise attention -> back to time order.
 
-Everything here works on numpy, JAX and MindSpore arrays alike: ``take(x, index)`` gathers along the last axis, and
-``where`` is the framework's.
+Everything here works on numpy, JAX and MindSpore arrays alike: ``take(x, index)`` gathers along the last axis,
+``where`` is the framework's, and ``repeat(count, step, state)`` does ``state = step(*state)`` ``count`` times.
 """
 
 import numpy as np
@@ -24,24 +24,24 @@ KINDS = {"hash": "integer", "qk": "float or bool"}
 """Mode -> dtype of ``q_idx`` and ``k_idx``."""
 
 
-def bisect(where, length, zero, before):
+def bisect(repeat, where, length, zero, before):
     """First index in 0 .. length for which ``before`` fails, elementwise.
 
     Args:
-        where: the framework's.
         length: number of sorted entries.
         zero: int array of zeros, in the result's shape.
         before: ``before(index)``, a boolean array: does the entry come before? True up to some index, then False.
     """
-    low, high = zero, zero + length
-    for _ in range(length.bit_length()):
+
+    def halve(low, high):
         middle = (low + high) // 2
         right = (middle < high) & before(where(middle < length, middle, zero))
-        low, high = where(right, middle + 1, low), where(right, high, middle)
-    return low
+        return where(right, middle + 1, low), where(right, high, middle)
+
+    return repeat(length.bit_length(), halve, (zero, zero + length))[0]
 
 
-def hash_intervals(take, where, q_pos, k_pos, q_bucket, k_bucket):
+def hash_intervals(repeat, take, where, q_pos, k_pos, q_bucket, k_bucket):
     """``(first, stop)``, int (B, H, Nq): sorted keys ``first .. stop - 1`` are what a sorted query sees.
 
     Args: positions and bucket ids (B, H, N), ascending by (bucket, position).
@@ -52,26 +52,26 @@ def hash_intervals(take, where, q_pos, k_pos, q_bucket, k_bucket):
         bucket = take(k_bucket, index)
         return (bucket < q_bucket) | ((bucket == q_bucket) & (take(k_pos, index) <= q_pos))
 
-    first = bisect(where, length, zero, lambda index: take(k_bucket, index) < q_bucket)
-    return first, bisect(where, length, zero, up_to_now)
+    first = bisect(repeat, where, length, zero, lambda index: take(k_bucket, index) < q_bucket)
+    return first, bisect(repeat, where, length, zero, up_to_now)
 
 
-def qk_intervals(take, where, q_pos, k_pos):
+def qk_intervals(repeat, take, where, q_pos, k_pos):
     """``(first, stop)``, int (B, H, Mq): kept keys ``first .. stop - 1`` are what a kept query sees; padding sees none.
 
     Args: positions (B, H, M), ascending, padding last: QUERY_PAD among queries, KEY_PAD among keys.
     """
     zero, length = q_pos * 0, k_pos.shape[-1]
-    stop = bisect(where, length, zero, lambda index: take(k_pos, index) <= q_pos)
+    stop = bisect(repeat, where, length, zero, lambda index: take(k_pos, index) <= q_pos)
     # Padding comes after all others, and bounds may not decrease.
-    beyond = zero + bisect(where, length, zero[..., :1], lambda index: take(k_pos, index) < KEY_PAD)
+    beyond = zero + bisect(repeat, where, length, zero[..., :1], lambda index: take(k_pos, index) < KEY_PAD)
     return where(q_pos < 0, beyond, zero), where(q_pos < 0, beyond, stop)
 
 
-def covered(take, where, first, stop, key):
+def covered(repeat, take, where, first, stop, key):
     """Boolean like ``key``: whether any query sees it. ``key`` (B, H, Nk) counts the reordered keys, 0 .. Nk - 1."""
     # Of the queries that begin at or before a key, the last one reaches furthest.
-    last = bisect(where, first.shape[-1], key * 0, lambda index: take(first, index) <= key) - 1
+    last = bisect(repeat, where, first.shape[-1], key * 0, lambda index: take(first, index) <= key) - 1
     return (last >= 0) & (take(stop, where(last < 0, key * 0, last)) > key)
 
 

@@ -192,12 +192,18 @@ def _by_head(*arrays):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _over_buckets(scale, q, k, v, q_pos, k_pos, q_bucket, k_bucket):
-    return _attend(scale, q, k, v, *shared.hash_intervals(_along_last, jnp.where, q_pos, k_pos, q_bucket, k_bucket))
+    return _attend(
+        scale, q, k, v, *shared.hash_intervals(_repeat, _along_last, jnp.where, q_pos, k_pos, q_bucket, k_bucket)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _over_kept(scale, q, k, v, q_pos, k_pos):
-    return _attend(scale, q, k, v, *shared.qk_intervals(_along_last, jnp.where, q_pos, k_pos))
+    return _attend(scale, q, k, v, *shared.qk_intervals(_repeat, _along_last, jnp.where, q_pos, k_pos))
+
+
+def _repeat(count, step, state):
+    return jax.lax.fori_loop(0, count, lambda _, state: step(*state), state)
 
 
 def _along_last(x, index):
@@ -207,7 +213,7 @@ def _along_last(x, index):
 def _attend(scale, q, k, v, first, stop):
     """The blockwise engine over the intervals, BHND. What nobody sees is zeroed: NaN there must not meet a weight 0."""
     key = jnp.broadcast_to(jnp.arange(k.shape[2], dtype=first.dtype), k.shape[:3])
-    seen = shared.covered(_along_last, jnp.where, first, stop, key)[..., None]
+    seen = shared.covered(_repeat, _along_last, jnp.where, first, stop, key)[..., None]
     alive = (stop > first)[..., None]
     dtype = jnp.result_type(q, k, v)
     clean = [jnp.where(keep, x, 0).astype(dtype) for keep, x in ((alive, q), (seen, k), (seen, v))]

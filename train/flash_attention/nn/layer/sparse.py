@@ -83,7 +83,7 @@ def hash_sparse_attention(q, k, v, q_bucket_idx, k_bucket_idx, sm_scale=None, *,
     out_dtype = v.dtype
     q, k, v = _by_head(q), _by_head(k), _by_head(v)
     q, k, v = _take(q, q_index, q_inverse), _take(k, k_index, k_inverse), _take(v, k_index, k_inverse)
-    first, stop = shared.hash_intervals(_along_last, ops.where, q_index, k_index, q_ids, k_ids)
+    first, stop = shared.hash_intervals(_repeat, _along_last, ops.where, q_index, k_index, q_ids, k_ids)
     out = _attend(q, k, v, first, stop, scale, max_keys, engine)
     return _take(out, q_inverse, q_index).swapaxes(1, 2).astype(out_dtype)
 
@@ -106,7 +106,7 @@ def qk_sparse_attention(q, k, v, q_keep, k_keep, sm_scale=None, *, buffer_size=N
     q, k, v = _take(q, q_index, q_slot), _take(k, k_index, k_slot), _take(v, k_index, k_slot)
     q_pos = _pad(q_index, q_count, shared.QUERY_PAD)
     k_pos = _pad(k_index, k_count, shared.KEY_PAD)
-    first, stop = shared.qk_intervals(_along_last, ops.where, q_pos, k_pos)
+    first, stop = shared.qk_intervals(_repeat, _along_last, ops.where, q_pos, k_pos)
     out = _attend(q, k, v, first, stop, scale, None, engine)
     return _take(out, q_slot, q_index).swapaxes(1, 2).astype(out_dtype)
 
@@ -183,7 +183,7 @@ def hash_sparse_attention_kernel(
         _check_order(layer, "q_hash", q_hash, q_idx)
         _check_order(layer, "k_hash", k_hash, k_idx)
     q_pos, k_pos = q_idx.astype(mstype.int32), k_idx.astype(mstype.int32)
-    first, stop = shared.hash_intervals(_along_last, ops.where, q_pos, k_pos, _ids(q_hash), _ids(k_hash))
+    first, stop = shared.hash_intervals(_repeat, _along_last, ops.where, q_pos, k_pos, _ids(q_hash), _ids(k_hash))
     out = _attend(computable(q), computable(k), computable(v), first, stop, scale, max_keys, engine)
     return out.astype(v.dtype)
 
@@ -206,7 +206,7 @@ def qk_sparse_attention_kernel(q, k, v, q_idx, k_idx, sm_scale=None, *, engine=N
     if is_eager():
         _check_order(layer, "q_idx", ops.where(q_pos < 0, q_pos * 0 + shared.KEY_PAD, q_pos))
         _check_order(layer, "k_idx", k_pos)
-    first, stop = shared.qk_intervals(_along_last, ops.where, q_pos, k_pos)
+    first, stop = shared.qk_intervals(_repeat, _along_last, ops.where, q_pos, k_pos)
     out = _attend(computable(q), computable(k), computable(v), first, stop, scale, None, engine)
     return out.astype(v.dtype)
 
@@ -251,7 +251,7 @@ def _attend(q, k, v, first, stop, scale, max_keys, engine):
     """Core calls over tiles of queries. What nobody sees is zeroed: NaN there must not meet a weight 0."""
     place = _places(k.shape[2])
     key = place + ops.zeros_like(k[..., 0]).astype(mstype.int32)
-    seen = ops.expand_dims(shared.covered(_along_last, ops.where, first, stop, key), -1)
+    seen = ops.expand_dims(shared.covered(_repeat, _along_last, ops.where, first, stop, key), -1)
     alive = ops.expand_dims(stop > first, -1)
     q, k, v = _keep(alive, q), _keep(seen, k), _keep(seen, v)
     tiles = _tiles(q.shape[2])
@@ -291,6 +291,12 @@ def _by_head(x):
     return computable(x).swapaxes(1, 2)
 
 
+def _repeat(count, step, state):
+    for _ in range(count):
+        state = step(*state)
+    return state
+
+
 def _along_last(x, index):
     return ops.gather_elements(x, x.ndim - 1, index)
 
@@ -307,7 +313,7 @@ def _sorting(ids, place):
     if ids.dtype == mstype.int64:  # equal ids get the same number below N, so that the product cannot overflow
         ascending, _ = ops.sort(ids)
         zero = ids.astype(mstype.int32) * 0
-        rank = shared.bisect(ops.where, length, zero, lambda index: _along_last(ascending, index) < ids)
+        rank = shared.bisect(_repeat, ops.where, length, zero, lambda index: _along_last(ascending, index) < ids)
     _, index = ops.sort(rank.astype(mstype.int64) * length + place)
     index = index.astype(mstype.int32)
     _, inverse = ops.sort(index)
