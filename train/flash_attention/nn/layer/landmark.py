@@ -59,7 +59,7 @@ def fused_landmark_attention(q, k, v, is_mem, sm_scale=None, block_size=64, top_
     else:
         cell = _general(shapes[0], shapes[1], scale, top_k_blocks)
     mem = is_mem.astype(mstype.int32)
-    return cell(computable(q), computable(k), computable(v), mem).astype(v.dtype)
+    return cell(q, k, v, mem).astype(v.dtype)
 
 
 class FusedLandmarkAttention(nn.Cell):
@@ -95,7 +95,7 @@ class FusedLandmarkAttention(nn.Cell):
         shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
         scale = _check("FusedLandmarkAttention", shapes, dtypes, self.sm_scale, self.block_size, self.top_k_blocks)
         cell = _regular(shapes[0], shapes[1], scale, self.block_size, self.top_k_blocks, self.n_prefix_q)
-        return cell(computable(q), computable(k), computable(v), None).astype(v.dtype)
+        return cell(q, k, v, None).astype(v.dtype)
 
 
 # --- which Cell computes a call -------------------------------------------------------------------------------------
@@ -119,8 +119,8 @@ def _regular_cell(query, key, scale, block, top_k):
     if not pattern.any():
         return _Causal(scale)
     if top_k is not None and top_k < pattern.sum():
-        return _Best(query, np.broadcast_to(pattern, (query[0], key[2])), scale, top_k)
-    return _Landmark(query[2], key[2], scale, block, None)
+        return _InFloat32(_Best(query, np.broadcast_to(pattern, (query[0], key[2])), scale, top_k))
+    return _InFloat32(_Landmark(query[2], key[2], scale, block, None))
 
 
 @constexpr
@@ -130,7 +130,7 @@ def _general(query, key, scale, top_k):
 
 @functools.lru_cache(maxsize=64)
 def _general_cell(q_len, kv_len, scale, top_k):
-    return _Landmark(q_len, kv_len, scale, 0, top_k)
+    return _InFloat32(_Landmark(q_len, kv_len, scale, 0, top_k))
 
 
 @constexpr(check=False)
@@ -143,7 +143,7 @@ def _cell_of_pattern(is_mem, shapes, scale, block, top_k):
     if shared.is_regular(pattern, block):
         return _regular_cell(query, key, scale, block, top_k)
     if top_k is not None and top_k < np.atleast_2d(pattern).sum(1).max():
-        return _Best(query, np.broadcast_to(pattern, (query[0], key[2])), scale, top_k)
+        return _InFloat32(_Best(query, np.broadcast_to(pattern, (query[0], key[2])), scale, top_k))
     return _general_cell(query[2], key[2], scale, None)
 
 
@@ -155,7 +155,19 @@ class _Causal(nn.Cell):
         self.scale = scale
 
     def construct(self, q, k, v, mem):
+        q, k, v = computable(q), computable(k), computable(v)
         return flash_attention(q, k, v, is_causal=True, scale=self.scale, layout="BNSD")
+
+
+class _InFloat32(nn.Cell):
+    """``cell`` on float32 copies of the tensors: softmax and sums are not for 16 bits."""
+
+    def __init__(self, cell):
+        super().__init__(auto_prefix=False)
+        self.cell = cell
+
+    def construct(self, q, k, v, mem):
+        return self.cell(q.astype(mstype.float32), k.astype(mstype.float32), v.astype(mstype.float32), mem)
 
 
 # --- all pairs ------------------------------------------------------------------------------------------------------
