@@ -95,12 +95,13 @@ def _heads(spec, geo, x, rows):
 def _flatten(spec, geo, query, key, value, operands, intervals):
     """The call's tensors as :class:`xla_tiles.Inputs`."""
     batch = query.shape[0]
-    mask, row_keys = operands.mask, None
+    mask, row_keys, key_origin = operands.mask, None, None
     if mask is not None:
         mask = mask if mask.dtype == jnp.bool_ else mask > 0
         mask = tiles.repeat_compact(spec, geo, mask) if spec.compact_mask else mask
     if spec.dropout_rate:
-        first = jnp.zeros(4, jnp.int32) if operands.origin is None else operands.origin
+        first = jnp.asarray(spec.origin, jnp.int32) if operands.origin is None else operands.origin
+        key_origin = first[3]
         indices = jnp.ogrid[:batch, : spec.heads, : spec.q_len]
         row_keys = dropout.row_key(jnp, operands.dropout_seed, *(x + first[axis] for axis, x in enumerate(indices)))
 
@@ -120,7 +121,7 @@ def _flatten(spec, geo, query, key, value, operands, intervals):
         q_lengths=per_batch(operands.q_lengths),
         kv_lengths=per_batch(operands.kv_lengths),
         row_keys=row_keys,
-        key_origin=None if operands.origin is None else operands.origin[3],
+        key_origin=key_origin,
         intervals=None if intervals is None else tuple(x.reshape(-1, geo.rows) for x in intervals),
     )
 

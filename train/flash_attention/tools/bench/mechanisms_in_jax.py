@@ -8,13 +8,36 @@ import functools
 import jax.numpy as jnp
 
 from flash_attention.core.mechanisms.landmark import regular
-from flash_attention.jax import dilated_attention, dynamic_sparse_attention, fused_landmark_attention
+from flash_attention.jax import (
+    blockwise_compute_attn,
+    dilated_attention,
+    dynamic_sparse_attention,
+    fused_landmark_attention,
+)
 from flash_attention.tools.bench.cases import BUCKETS, KEPT, geometric_patterns, sparse_indices
 
 
 def _dilated(case):
     sizes, rates = geometric_patterns(case.q_len)
     return functools.partial(dilated_attention, segment_size=sizes, dilation_rate=rates, is_causal=case.causal)
+
+
+def _blockwise(case):
+    """Chunks of 512 x 512; the scale is the caller's here, as users of the call write it."""
+
+    def attend(query, key, value):
+        return blockwise_compute_attn(
+            query * case.head_dim**-0.5,
+            key,
+            value,
+            causal_mask=case.causal,
+            query_chunk_size=512,
+            key_chunk_size=512,
+            dtype=case.dtype,
+            policy=None,
+        )
+
+    return attend
 
 
 def _sparse(candidate, case):
@@ -33,6 +56,7 @@ def _landmark(case):
 
 
 MECHANISMS = {
+    "blockwise": _blockwise,
     "dilated": _dilated,
     "landmark": _landmark,
 }

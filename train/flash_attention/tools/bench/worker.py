@@ -12,7 +12,13 @@ import os
 import sys
 import time
 
-MODULES = {"jax": "in_jax", "torch": "in_torch", "mindspore": "in_mindspore"}
+MODULES = {
+    "jax": "in_jax",
+    "torch": "in_torch",
+    "mindspore": "in_mindspore",
+    "mindformers": "in_libraries",
+    "mindone": "in_libraries",
+}
 
 
 def peak_bytes():
