@@ -135,6 +135,26 @@ class Landmark(Calls):
             np.testing.assert_array_equal(got, grad)
         assert not grads[1][lost].any() and not grads[2][lost].any()
 
+    @pytest.mark.parametrize("change, options, error, match", [
+        ({}, {"block_size": 1}, ValueError, "'block_size' must be an int >= 2"),
+        ({}, {"top_k_blocks": 0}, ValueError, "'top_k_blocks' must be an int >= 1"),
+        ({}, {"sm_scale": float("inf")}, ValueError, "'sm_scale' must be None or a finite float"),
+        ({"is_mem": (44,)}, {}, ValueError, r"'is_mem' must be of shape \(45,\) or \(2, 45\)"),
+        ({"is_mem": np.float32}, {}, TypeError, "'is_mem' must be of bool or integer dtype"),
+        ({0: (2, 2, 46, 8)}, {}, ValueError, "'q' must be at most as long as k"),
+        ({1: (2, 2, 45, 9)}, {}, ValueError, "'k' must be of shape"),
+        ({2: (2, 45, 8)}, {}, ValueError, r"'v' must be of shape \(B, H, N, D\)"),
+    ])  # fmt: skip
+    def test_refuses(self, change, options, error, match):
+        tensors, landmarks = draws(REGULAR)[:3], REGULAR.landmarks()
+        for n, new in change.items():
+            if n == "is_mem":
+                landmarks = np.zeros(new, bool) if isinstance(new, tuple) else landmarks.astype(new)
+            else:
+                tensors[n] = np.zeros(new)
+        with pytest.raises(error, match=match):
+            self.attend(REGULAR, tensors, landmarks=landmarks, **options)
+
 
 class MoreLandmark(Calls):
     """What follows from the formula."""
@@ -190,23 +210,3 @@ class MoreLandmark(Calls):
         want = self.attend(REGULAR, [q, k, v])[0]
         other = self.attend(REGULAR, [q, k, v], landmarks=REGULAR.landmarks(), block_size=16)[0]
         np.testing.assert_allclose(other, want, atol=1e-5)
-
-    @pytest.mark.parametrize("change, options, error, match", [
-        ({}, {"block_size": 1}, ValueError, "'block_size' must be an int >= 2"),
-        ({}, {"top_k_blocks": 0}, ValueError, "'top_k_blocks' must be an int >= 1"),
-        ({}, {"sm_scale": float("inf")}, ValueError, "'sm_scale' must be None or a finite float"),
-        ({"is_mem": (44,)}, {}, ValueError, r"'is_mem' must be of shape \(45,\) or \(2, 45\)"),
-        ({"is_mem": np.float32}, {}, TypeError, "'is_mem' must be of bool or integer dtype"),
-        ({0: (2, 2, 46, 8)}, {}, ValueError, "'q' must be at most as long as k"),
-        ({1: (2, 2, 45, 9)}, {}, ValueError, "'k' must be of shape"),
-        ({2: (2, 45, 8)}, {}, ValueError, r"'v' must be of shape \(B, H, N, D\)"),
-    ])  # fmt: skip
-    def test_refuses(self, change, options, error, match):
-        tensors, landmarks = draws(REGULAR)[:3], REGULAR.landmarks()
-        for n, new in change.items():
-            if n == "is_mem":
-                landmarks = np.zeros(new, bool) if isinstance(new, tuple) else landmarks.astype(new)
-            else:
-                tensors[n] = np.zeros(new)
-        with pytest.raises(error, match=match):
-            self.attend(REGULAR, tensors, landmarks=landmarks, **options)

@@ -36,6 +36,7 @@ class TestInJax(_InJax, Sparse):
     pass
 
 
+@pytest.mark.slow
 class TestMoreInJax(_InJax, MoreSparse):
     def test_small_buffer_under_jit(self):
         """Flags that are not concrete cannot be counted: later ones are dropped, as documented."""
@@ -52,7 +53,7 @@ class TestMoreInJax(_InJax, MoreSparse):
         np.testing.assert_array_equal(counts, keep.sum(1))
 
 
-@pytest.mark.parametrize("case", [HASH, QK], ids=lambda case: case.mode)
+@pytest.mark.parametrize("case", [HASH, pytest.param(QK, marks=pytest.mark.slow)], ids=lambda case: case.mode)
 def test_float64(case):
     q, k, v, d_out, q_idx, k_idx = draws(case)
     with jax.experimental.enable_x64():
@@ -98,6 +99,7 @@ def test_work_falls_with_the_buckets():
     assert pairs[4] < 0.6 * pairs[1] and pairs[16] < 0.35 * pairs[1]
 
 
+@pytest.mark.slow
 def test_work_falls_with_what_is_kept():
     length, tile = 2048, sparse.TILE[0]
     for share in (1.0, 0.25):

@@ -112,7 +112,7 @@ def at(x, index):
 
 def cut(x, index, start, count):
     """``x[index, start : start + count]`` for traced ``index`` and ``start``."""
-    corner = (index, start) + (0,) * (x.ndim - 2)
+    corner = (index, start) + (jnp.int32(0),) * (x.ndim - 2)
     return lax.dynamic_slice(x, corner, (1, count) + x.shape[2:])[0]
 
 

@@ -132,7 +132,7 @@ def _softmax(static, tile, scores):
 
 def _rows(static, i):
     """(first row, positions (R,)) of tile ``i`` of the queries."""
-    start = i * static.q_tile
+    start = (i * static.q_tile).astype(jnp.int32)
     return start, start + jnp.arange(static.q_tile, dtype=jnp.int32) + static.kv_len - static.q_len
 
 
@@ -163,7 +163,7 @@ def forward(static, held):
             q = _load(static, held, outer, start, dtype)
 
             def visit(n, state, held):
-                first = n * static.kv_tile
+                first = (n * static.kv_tile).astype(jnp.int32)
                 k, v = (xla_tiles.cut(x, outer, first, static.kv_tile).astype(dtype) for x in (held.key, held.value))
                 return _accumulate(static, _tile(static, held, outer, row, first), state, q, k, v)
 
@@ -177,8 +177,8 @@ def forward(static, held):
             safe = jnp.where(alive, total, 1.0)
             out, lse = out / safe[:, None], jnp.where(alive, peak + jnp.log(safe), -jnp.inf)
             return (
-                lax.dynamic_update_slice(done[0], out, (start, 0)),
-                lax.dynamic_update_slice(done[1], lse, (start,)),
+                lax.dynamic_update_slice_in_dim(done[0], out, start, axis=0),
+                lax.dynamic_update_slice_in_dim(done[1], lse, start, axis=0),
             )
 
         done = (
@@ -214,7 +214,7 @@ def backward(static, held):
 
             def visit(n, carry, held):
                 d_q, d_k, d_v = carry
-                first = n * static.kv_tile
+                first = (n * static.kv_tile).astype(jnp.int32)
                 k, v = (xla_tiles.cut(x, outer, first, static.kv_tile).astype(dtype) for x in (held.key, held.value))
                 tile = _tile(static, held, outer, row, first)
                 p, a = _softmax(static, tile, xla_tiles.nt(q, k) * static.scale)
@@ -229,7 +229,7 @@ def backward(static, held):
             d_query, d_key, d_value = grads
             state = jnp.zeros(q.shape, wide), d_key, d_value
             d_q, d_key, d_value = xla_tiles.loop(_visits(static, row), visit, state, held)
-            return lax.dynamic_update_slice(d_query, d_q, (start, 0)), d_key, d_value
+            return lax.dynamic_update_slice_in_dim(d_query, d_q, start, axis=0), d_key, d_value
 
         grads = tuple(jnp.zeros(x.shape[1:], wide) for x in (held.query, held.key, held.value))
         return carry, xla_tiles.loop(static.q_tiles, one, grads, held)
