@@ -28,6 +28,26 @@ PUBLIC = (
                 ("Blockwise_LM_Head", "blockwise_cross_entropy", "blockwise_fused_cross_entropy"),
             ),
             (
+                "nn/layer/sparse.py",
+                "flash_attention.nn",
+                (
+                    "DynamicSparseAttention",
+                    "dynamic_sparse_attention",
+                    "hash_sparse_attention",
+                    "qk_sparse_attention",
+                    "hash_sparse_attention_kernel",
+                    "qk_sparse_attention_kernel",
+                    "compact",
+                    "pad_index",
+                    "sort_bucketed_attention",
+                ),
+            ),
+            (
+                "nn/layer/landmark.py",
+                "flash_attention.nn",
+                ("FusedLandmarkAttention", "fused_landmark_attention"),
+            ),
+            (
                 "nn/layer/cross_modal.py",
                 "flash_attention.nn",
                 ("CrossModalAttention", "CrossModalBlock", "info_nce", "l2_normalize", "logit_scale"),
@@ -66,6 +86,25 @@ PUBLIC = (
                 "jax/mechanisms/multi_query.py",
                 "flash_attention.jax",
                 ("MultiQueryAttention", "grouped_query_attention"),
+            ),
+            (
+                "jax/mechanisms/sparse.py",
+                "flash_attention.jax",
+                (
+                    "dynamic_sparse_attention",
+                    "hash_sparse_attention",
+                    "qk_sparse_attention",
+                    "hash_sparse_attention_kernel",
+                    "qk_sparse_attention_kernel",
+                    "compact",
+                    "pad_index",
+                    "sort_bucketed_attention",
+                ),
+            ),
+            (
+                "jax/mechanisms/landmark.py",
+                "flash_attention.jax",
+                ("FusedLandmarkAttention", "fused_landmark_attention"),
             ),
             (
                 "jax/mechanisms/blockwise.py",

@@ -154,6 +154,19 @@ def geometric_patterns(length, first=2048):
     return tuple(first * rate for rate in rates), rates
 
 
+BUCKETS = {"hash4": 4, "hash16": 16}
+KEPT = {"qk50": 0.5, "qk25": 0.25}
+"""Candidates of dynamic sparse attention: the number of balanced buckets, or the share of the tokens kept."""
+
+
+def sparse_indices(case, candidate):
+    """``(mode, q_idx, k_idx)`` of such a candidate, drawn at random: (B, S, N) bucket ids or flags."""
+    rng, shape = np.random.default_rng(SEED), (2, case.batch, case.q_len, case.heads)
+    if candidate in BUCKETS:
+        return ("hash",) + tuple(rng.integers(0, BUCKETS[candidate], shape).astype(np.int32))
+    return ("qk",) + tuple(rng.random(shape) < KEPT[candidate])
+
+
 def round_to(x, dtype):
     """float32 values rounded to ``dtype`` (nearest even), still stored as float32."""
     if dtype == "float16":

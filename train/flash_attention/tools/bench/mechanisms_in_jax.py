@@ -5,8 +5,16 @@ Another mechanism is one more entry here and in ``mechanisms_in_mindspore.py``. 
 
 import functools
 
-from flash_attention.jax import blockwise_compute_attn, dilated_attention
-from flash_attention.tools.bench.cases import geometric_patterns
+import jax.numpy as jnp
+
+from flash_attention.core.mechanisms.landmark import regular
+from flash_attention.jax import (
+    blockwise_compute_attn,
+    dilated_attention,
+    dynamic_sparse_attention,
+    fused_landmark_attention,
+)
+from flash_attention.tools.bench.cases import BUCKETS, KEPT, geometric_patterns, sparse_indices
 
 
 def _dilated(case):
@@ -32,7 +40,24 @@ def _blockwise(case):
     return attend
 
 
+def _sparse(candidate, case):
+    mode, q_idx, k_idx = sparse_indices(case, candidate)
+    return functools.partial(dynamic_sparse_attention, q_idx=q_idx, k_idx=k_idx, sparsity_mode=mode)
+
+
+def _landmark(case):
+    pattern = regular(case.spec().kv_len, 64)
+
+    def attend(query, key, value):
+        by_head = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+        return jnp.swapaxes(fused_landmark_attention(*by_head, pattern), 1, 2)
+
+    return attend
+
+
 MECHANISMS = {
     "blockwise": _blockwise,
     "dilated": _dilated,
+    "landmark": _landmark,
 }
+MECHANISMS.update((name, functools.partial(_sparse, name)) for name in (*BUCKETS, *KEPT))

@@ -1,9 +1,11 @@
 """MindSpore mechanisms as benchmark candidates: ``{name: function(case) -> Cell of (query, key, value)}``, BNSD."""
 
-from mindspore import nn
+import functools
 
-from flash_attention.nn import BlockwiseAttention, dilated_attention
-from flash_attention.tools.bench.cases import geometric_patterns
+from mindspore import Tensor, nn
+
+from flash_attention.nn import BlockwiseAttention, DynamicSparseAttention, FusedLandmarkAttention, dilated_attention
+from flash_attention.tools.bench.cases import BUCKETS, KEPT, geometric_patterns, sparse_indices
 
 
 class _Dilated(nn.Cell):
@@ -30,7 +32,26 @@ class _Blockwise(nn.Cell):
         return self.attention(query * self.scale, key, value).swapaxes(1, 2)
 
 
+class _Sparse(nn.Cell):
+    def __init__(self, candidate, case):
+        super().__init__()
+        mode, q_idx, k_idx = sparse_indices(case, candidate)
+        self.q_idx, self.k_idx = Tensor(q_idx), Tensor(k_idx)
+        self.attention = DynamicSparseAttention(sparsity_mode=mode)
+
+    def construct(self, query, key, value):
+        query, key, value = query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
+        return self.attention(query, key, value, self.q_idx, self.k_idx).swapaxes(1, 2)
+
+
+def _landmark(case):
+    del case
+    return FusedLandmarkAttention()
+
+
 MECHANISMS = {
     "blockwise": _Blockwise,
     "dilated": _Dilated,
+    "landmark": _landmark,
 }
+MECHANISMS.update((name, functools.partial(_Sparse, name)) for name in tuple(BUCKETS) + tuple(KEPT))
