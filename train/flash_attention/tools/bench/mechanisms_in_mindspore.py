@@ -2,8 +2,8 @@
 
 from mindspore import nn
 
-from flash_attention.nn import BlockwiseAttention, dilated_attention
-from flash_attention.tools.bench.cases import geometric_patterns
+from flash_attention.nn import BlockwiseAttention, ConditionalRoutedAttention, dilated_attention
+from flash_attention.tools.bench.cases import geometric_patterns, routed_layer
 
 
 class _Dilated(nn.Cell):
@@ -30,7 +30,21 @@ class _Blockwise(nn.Cell):
         return self.attention(query * self.scale, key, value).swapaxes(1, 2)
 
 
+class _Colt5(nn.Cell):
+    """A self-attention layer: its input is the query's heads side by side; key and value are not used."""
+
+    def __init__(self, case):
+        super().__init__()
+        width, sizes = routed_layer(case)
+        self.layer = ConditionalRoutedAttention(width, **sizes)
+
+    def construct(self, query, key, value):
+        x = query.swapaxes(1, 2)
+        return self.layer(x.reshape((x.shape[0], x.shape[1], -1))).reshape(x.shape).swapaxes(1, 2)
+
+
 MECHANISMS = {
     "blockwise": _Blockwise,
+    "colt5": _Colt5,
     "dilated": _Dilated,
 }
