@@ -91,7 +91,7 @@ LAYERS = {
 }
 
 
-def against_its_twin(mode, name, masked=False):
+def check_against_its_twin(mode, name, masked=False):
     """Output and all gradients of a layer and of its JAX twin with the same weights."""
     twins = pytest.importorskip("flash_attention.jax")
     from support import in_jax
@@ -129,20 +129,20 @@ class _MaskedTwin:
     pytest.param("cross", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_equals_its_twin(name):
-    against_its_twin("pynative", name)
+    check_against_its_twin("pynative", name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
 def test_equals_its_twin_with_a_mask(mode):
-    against_its_twin(mode, "block", masked=True)
-    against_its_twin(mode, "attention, two sets, by score", masked=True)
+    check_against_its_twin(mode, "block", masked=True)
+    check_against_its_twin(mode, "attention, two sets, by score", masked=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["block", "cross", "attention, all routed, no null"])
 def test_equals_its_twin_in_a_graph(name):
-    against_its_twin("graph", name)
+    check_against_its_twin("graph", name)
 
 
 def test_masked_tokens_influence_no_valid_row():
