@@ -68,6 +68,8 @@ FRAMEWORK_OF = {
     "flash_attention.ops": "mindspore",
     "jax": "jax",
     "flash_attention.jax": "jax",
+    "flash_attention_infer.nn": "mindspore",
+    "flash_attention_infer.jax": "jax",
 }
 
 
