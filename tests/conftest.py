@@ -199,14 +199,16 @@ FIGURE = "flash_figure"
 
 @pytest.fixture
 def figure(request):
-    """`figure(name, value, bound=None, unit="", at_least=False)` records a "Must show" figure; fails beyond its bound.
+    """`figure(name, value, bound=None, unit="", ...)` records a "Must show" figure; fails beyond its bound.
+
+    `at_least=True`: the bound is a lower one. `largest=True`: many tests share the figure, the largest of a run counts.
 
     The figure is kept whether or not the test fails, so that the table of `bash build.sh test all` shows by how much.
     Write the name as a literal: the table finds in the sources which figures exist, and lists those not measured.
     """
 
-    def record(name, value, bound=None, unit="", at_least=False):
-        entry = must_show.entry(name, value, bound, unit, at_least)
+    def record(name, value, *rest, **options):
+        entry = must_show.entry(name, value, *rest, **options)
         request.node.user_properties.append((FIGURE, entry))
         assert must_show.holds(entry), "{} must be {}, but got {}.".format(
             name, must_show.bound_text(entry), must_show.value_text(entry)

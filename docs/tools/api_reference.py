@@ -15,6 +15,9 @@ PUBLIC = (
         (
             ("nn/layer/flash_attention.py", "flash_attention.nn", ("FlashAttention",)),
             ("ops/functional.py", "flash_attention.ops", ("flash_attention",)),
+            ("nn/layer/context_parallel.py", "flash_attention.nn", ("RingAttention", "UlyssesAttention")),
+            ("nn/layer/flexible.py", "flash_attention.nn", ("FlexibleAttention",)),
+            ("nn/flexible/registry.py", "flash_attention.nn", ("Mechanism", "MechanismRegistry")),
             ("nn/layer/multi_query.py", "flash_attention.nn", ("MultiQueryAttention", "grouped_query_attention")),
             ("nn/layer/dilated.py", "flash_attention.nn", ("DilatedAttention", "dilated_attention")),
             (
@@ -62,6 +65,9 @@ PUBLIC = (
             ("core/plan.py", "flash_attention.core.plan", ("TilePlan", "make_plan")),
             ("core/tiling/base.py", "flash_attention.core.tiling", ("Tile", "Strategy")),
             ("core/tiling/__init__.py", "flash_attention.core.tiling", ("register_strategy", "get_strategy")),
+            ("core/context.py", "flash_attention.core.context", ("RingPlan", "make_ring_plan", "part_of")),
+            ("core/sharding.py", "flash_attention.core.sharding", ("strategies", "share")),
+            ("core/registry.py", "flash_attention.core.registry", ("Registry",)),
             ("core/alibi.py", "flash_attention.core.alibi", ("alibi_slopes",)),
             (
                 "core/mechanisms/weights.py",

@@ -27,7 +27,8 @@ LAYER = "FlashAttention"
 class CellConfig:
     """Constructor arguments of ``FlashAttention`` in their published order, validated on construction.
 
-    ``block_size=None`` takes the tiling strategy's own unit: 128 for 'sparse' and 'auto', 64 for 'wukong'.
+    ``block_size=None`` takes the tiling strategy's own unit: 128 for 'sparse' and 'auto', 64 for 'wukong'. ``layer`` is
+    the name used in messages.
     """
 
     head_dim: int
@@ -45,22 +46,23 @@ class CellConfig:
     block_size: Optional[int] = None
     engine: Optional[str] = None
     return_lse: bool = False
+    layer: str = LAYER
 
     def __post_init__(self):
-        check_int(LAYER, "head_dim", self.head_dim, 1)
-        check_rate(LAYER, "dropout_rate", self.dropout_rate)
+        check_int(self.layer, "head_dim", self.head_dim, 1)
+        check_rate(self.layer, "dropout_rate", self.dropout_rate)
         for name in ("prev_block_num", "next_block_num"):
-            check_int(LAYER, name, getattr(self, name), 0)
-        strategy = get_strategy(self.tiling_stgy_name, LAYER)
+            check_int(self.layer, name, getattr(self, name), 0)
+        strategy = get_strategy(self.tiling_stgy_name, self.layer)
         for name in ("dp", "mp"):
-            check_int(LAYER, name, getattr(self, name), 1)
+            check_int(self.layer, name, getattr(self, name), 1)
         for name in ("have_attention_mask_batch", "alibi", "causal", "return_lse"):
-            check_bool(LAYER, name, getattr(self, name))
-        check_window(LAYER, self.local_window_size)
-        check_scale(LAYER, self.scale)
+            check_bool(self.layer, name, getattr(self, name))
+        check_window(self.layer, self.local_window_size)
+        check_scale(self.layer, self.scale)
         if self.block_size is None:
             object.__setattr__(self, "block_size", strategy.block_size)
-        check_int(LAYER, "block_size", self.block_size, 1)
+        check_int(self.layer, "block_size", self.block_size, 1)
 
     def options(self, training):
         """The functional call's :class:`Options`; dropout acts in training only."""
@@ -79,9 +81,9 @@ class CellConfig:
     def check_query(self, shape):
         """Raise unless the query is (B, N, S, head_dim)."""
         if len(shape) != 4:
-            raise invalid_value(LAYER, "query", "of rank 4 with layout BNSD", "shape {}".format(tuple(shape)))
+            raise invalid_value(self.layer, "query", "of rank 4 with layout BNSD", "shape {}".format(tuple(shape)))
         if shape[3] != self.head_dim:
-            raise invalid_value(LAYER, "query", "of head_dim {}".format(self.head_dim), shape[3])
+            raise invalid_value(self.layer, "query", "of head_dim {}".format(self.head_dim), shape[3])
 
     def mask_shape(self, mask, batch, heads, q_len, kv_len):
         """Shape to give ``attention_mask`` before it becomes the functional ``mask``.

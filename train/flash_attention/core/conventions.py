@@ -34,6 +34,8 @@ class Call:
 
 _CELL_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), compact (T,T) or (1,T,T)"
 _CROSS_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), key_padding_mask (B,Sk)"
+_RANK_MASKS = "(1|B,1|N,Sq,Sk), (1|B,1|N,1,Sk): rows of this rank, keys of all"
+_FLEXIBLE_MASKS = "(B,Sk), (1|B,1|Sq,Sk), rank 4 broadcastable to (B,N,Sq,Sk)"
 _SAME = "Sq = Sk"
 _FULL_MASKS = "broadcastable to (B,N,Sq,Sk)"
 _FUNCTION_MASKS = "broadcastable to (B,N,Sq,Sk), compact (T,T)"
@@ -70,9 +72,19 @@ CALLS = (
         "BSND",
         "attention_mask",
         KEEP,
-        "(B,Sk), (1|B,1|Sq,Sk), (1|B,1|N,1|Sq,1|Sk)",
+        _FLEXIBLE_MASKS,
         BOTTOM_RIGHT + ", q_offset= overrides",
     ),
+    Call(
+        "flash_attention.nn.FlexibleAttention",
+        "BSND",
+        "attention_mask",
+        KEEP,
+        _FLEXIBLE_MASKS,
+        BOTTOM_RIGHT + ", q_offset= overrides",
+    ),
+    Call("flash_attention.nn.RingAttention", "BNSD", "attention_mask", DISCARD, _RANK_MASKS, BOTTOM_RIGHT),
+    Call("flash_attention.nn.UlyssesAttention", "BNSD", "attention_mask", DISCARD, _RANK_MASKS, BOTTOM_RIGHT),
     Call("flash_attention.nn.grouped_query_attention", "BSND", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
     Call("flash_attention.jax.grouped_query_attention", "BSND", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
     Call("flash_attention.nn.MultiQueryAttention", "x (B,Sq,E)", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),

@@ -88,8 +88,8 @@ def flash_attention(
     Supported Platforms:
         ``Ascend`` ``GPU`` ``CPU`` (what was proven where: see the support table)
     """
-    query_seq_lengths = _vector("query_seq_lengths", query_seq_lengths, query)
-    key_value_seq_lengths = _vector("key_value_seq_lengths", key_value_seq_lengths, query)
+    query_seq_lengths = length_tensor("query_seq_lengths", query_seq_lengths, query)
+    key_value_seq_lengths = length_tensor("key_value_seq_lengths", key_value_seq_lengths, query)
     dropout_seed = seed_tensor(LAYER, dropout_seed)
     offset_tensor = q_offset if isinstance(q_offset, Tensor) else None
     offset_int = None if isinstance(q_offset, Tensor) else q_offset
@@ -216,7 +216,7 @@ def check_flag(layer, name, value):
     check_bool(layer, name, value)
 
 
-def _vector(name, value, query):
+def length_tensor(name, value, query):
     """Lengths given as an int become a constant tensor (B,)."""
     if value is None or isinstance(value, Tensor):
         return value

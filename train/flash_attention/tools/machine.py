@@ -7,6 +7,8 @@ import os
 import platform
 import re
 
+from flash_attention.core.cores import cores
+
 PACKAGES = ("numpy", "mindspore", "jax", "jaxlib", "torch")
 
 
@@ -35,11 +37,6 @@ def cpu_name():
     """The processor's name, and the number of cores this process may use."""
     line = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.M)
     return "{}, {} cores".format(line.group(1).strip() if line else platform.machine(), cores())
-
-
-def cores():
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _HALT_POLL = "/sys/module/haltpoll/parameters/guest_halt_poll_ns"

@@ -154,6 +154,8 @@ def test_workers_hand_over_figures_and_what_was_left_out(project):
 def test_table_tells_now_from_before_and_lists_what_is_missing(tmp_path):
     store = str(tmp_path / "figures.json")
     must_show.keep([must_show.entry("largest error", 3.0, 4, "ulp"), must_show.entry("old", 7)], path=store)
+    for value in (2.0, 3.0, 1.0):
+        must_show.keep([must_show.entry("largest error", value, 4, "ulp", largest=True)], path=store)
     figures = must_show.load(store)
     now = figures["largest error"]["time"]
     figures["old"].update(time=86400 * 365.5, command="bash build.sh test all")

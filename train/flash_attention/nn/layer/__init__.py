@@ -7,8 +7,10 @@ from flash_attention.core.lazy import lazy_names
 from flash_attention.nn.layer.flash_attention import FlashAttention
 
 MECHANISMS = {
+    "context_parallel": ("RingAttention", "UlyssesAttention"),
     "cross_modal": ("CrossModalAttention", "CrossModalBlock", "info_nce", "l2_normalize", "logit_scale"),
     "dilated": ("DilatedAttention", "dilated_attention"),
+    "flexible": ("FlexibleAttention", "Mechanism", "MechanismRegistry"),
     "multi_query": ("MultiQueryAttention", "grouped_query_attention"),
     "positions": ("Rotary", "T5Bias", "XPos", "alibi_bias"),
     "projection": ("load_weights", "weights_of"),

@@ -12,7 +12,7 @@ from mindspore.ops.primitive import constexpr
 
 from flash_attention.core import alibi
 from flash_attention.core.config import LAYER, CellConfig
-from flash_attention.core.errors import invalid_value
+from flash_attention.core.sharding import check_strategy
 from flash_attention.core.spec import NO_LIMIT
 from flash_attention.nn.layer.seeded import SeededCell
 from flash_attention.ops.engines import ENGINES
@@ -155,28 +155,17 @@ class FlashAttention(SeededCell):
         """Store the parallel strategy of (query, key, value[, attention_mask[, alibi_mask]]) and take dp, mp from it.
 
         Args:
-            in_strategy (tuple): one tuple of ints an input; the query's is (dp, mp, 1, 1). None keeps dp and mp.
+            in_strategy (tuple): one tuple of ints an input; the query's is (dp, mp, 1, 1), the masks' as
+                ``core.sharding.strategies`` computes them. None keeps dp and mp.
             out_strategy (tuple): strategy of the output, stored with it.
 
         Returns:
             FlashAttention, this Cell.
         """
         if in_strategy is not None:
-            self.dp, self.mp = _check_strategy(in_strategy)
+            self.dp, self.mp = check_strategy(in_strategy)
         self.strategy = (in_strategy, out_strategy)
         return self
-
-
-def _check_strategy(strategy):
-    need = "a tuple of tuples of ints for (query, key, value[, attention_mask[, alibi_mask]]), query (dp, mp, 1, 1)"
-    ranks_ok = isinstance(strategy, (tuple, list)) and 3 <= len(strategy) <= 5
-    if not ranks_ok or any(not isinstance(entry, (tuple, list)) for entry in strategy):
-        raise invalid_value(LAYER, "in_strategy", need, repr(strategy))
-    query, key, value = (tuple(entry) for entry in strategy[:3])
-    good = len(query) == 4 and query[2:] == (1, 1) and all(type(size) is int and size > 0 for size in query)
-    if not (good and key == query and value == query):
-        raise invalid_value(LAYER, "in_strategy", need, repr(strategy))
-    return query[:2]
 
 
 def discard_to_keep(mask):

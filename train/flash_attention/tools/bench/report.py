@@ -9,7 +9,7 @@ from flash_attention.tools.table import format_table
 
 _FIELDS = (
     "job", "kind", "direction", "label", "framework", "candidate", "case", "median_s", "ratio", "base", "gflops",
-    "error", "first_s", "peak_bytes", "extra_bytes", "seconds", "failed", "times",
+    "error", "first_s", "peak_bytes", "extra_bytes", "seconds", "failed", "times", "far_rounds",
 )  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """`python -m flash_attention bench [NAME ...]`: run benchmarks, resume unfinished ones, print and save the tables."""
 
 import datetime
+import glob
 import json
 import os
 import time
 
 from flash_attention.tools import machine
 from flash_attention.tools.bench import limits, registry, report
+from flash_attention.tools.bench.distance import Cores
 from flash_attention.tools.bench.measure import Pool, fresh_job, time_job
 from flash_attention.tools.table import format_table, progress
 
@@ -22,6 +24,10 @@ def add_arguments(parser):
     parser.add_argument("--minutes", type=float, default=20.0, help="start no job of a NAME after this (default 20)")
     parser.add_argument("--fresh", action="store_true", help="measure again what an interrupted run has finished")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two jobs a NAME: shows that it runs, no more")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="SECONDS",
+        help="how long a NAME may wait for a virtual machine's cores to share a cache again (default 0)",
+    )  # fmt: skip
     parser.add_argument("--plot", action="store_true", help="also draw a PNG (matplotlib)")
 
 
@@ -49,13 +55,16 @@ def run_one(benchmark, args):
     path = os.path.join(args.out, "{}-{}{}.json".format(benchmark.name, machine.cpu_class(), suffix))
     stamp = {"versions": machine.versions(), "source": machine.source_digest(benchmark.sources)}
     partial = Partial(path + ".partial", stamp, fresh=args.fresh or args.quick)
-    pool = Pool()
+    pool, cores = Pool(), Cores(nearest=nearest_round_trip(args.out), patience=args.wait)
     try:
         if "limits" not in partial.content:
+            cores.wait()
             partial.keep("limits", limits.measure(pool, benchmark.frameworks))
-        done = run_jobs(jobs, partial, pool, benchmark, args)
+        done = run_jobs(jobs, partial, pool, benchmark, args, cores)
     finally:
         pool.close()
+    if cores.nearest is not None:
+        partial.keep("limits", dict(partial.content["limits"], cores={"round_trip_ns": cores.nearest}))
     document = document_of(benchmark, jobs, partial.content)
     print("\n{} ({}), CPU class {}".format(benchmark.name, document["date"], document["cpu_class"]))
     print(format_table(["limit"] + sorted(document["limits"]), _limit_rows(document["limits"])))
@@ -74,7 +83,7 @@ def run_one(benchmark, args):
     return 0
 
 
-def run_jobs(jobs, partial, pool, benchmark, args):
+def run_jobs(jobs, partial, pool, benchmark, args, cores):
     """Measure the jobs that ``partial`` lacks; False when the time ran out before the last one."""
     end = time.monotonic() + 60 * args.minutes
     bar = progress(len(jobs), benchmark.name)
@@ -84,17 +93,28 @@ def run_jobs(jobs, partial, pool, benchmark, args):
                 if time.monotonic() > end:
                     return False
                 bar.set_postfix_str(job.id)
-                partial.keep_job(job.id, measure_job(pool, job, benchmark.budget, args.quick))
+                partial.keep_job(job.id, measure_job(pool, job, benchmark.budget, cores, args.quick))
             bar.update()
     finally:
         bar.close()
     return True
 
 
-def measure_job(pool, job, budget, quick=False):
+def nearest_round_trip(folder):
+    """The shortest round trip between two cores in earlier results from this processor, or None."""
+    found = []
+    for path in glob.glob(os.path.join(folder, "*-{}.json".format(machine.cpu_class()))):
+        with open(path, encoding="utf-8") as stream:
+            document = json.load(stream)
+        if document.get("cpu") == machine.cpu_name() and "cores" in document["limits"]:
+            found.append(document["limits"]["cores"]["round_trip_ns"])
+    return min(found, default=None)
+
+
+def measure_job(pool, job, budget, cores, quick=False):
     """``{label: result}`` of one job."""
     if job.kind == "time":
-        return time_job(pool, job, budget=0.0 if quick else budget)
+        return time_job(pool, job, budget=0.0 if quick else budget, cores=cores)
     return fresh_job(job, job.kind)
 
 
