@@ -88,6 +88,13 @@ FAST = [
 ]
 
 
+def fast(*numbers):
+    """`parametrize` over FAST in which the other cases are slow."""
+    slow = pytest.mark.slow
+    params = [pytest.param(case, marks=() if n in numbers else slow) for n, case in enumerate(FAST)]
+    return pytest.mark.parametrize("case", params, ids=lambda case: case.name)
+
+
 @functools.lru_cache(maxsize=8)
 def tensors(case, length, batch=2):
     """query (B, S, N, D), key, value (B, S, K, D), float32, exact in the case's dtype."""
@@ -207,21 +214,23 @@ class Cached:
         return [([1, 1], False, None)] + [([guessed, guessed], True, right)] * ((length - 1) // right)
 
     # --- properties -------------------------------------------------------------------------------
-    @pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
+    @fast(0, 1, 2, 3)
     def test_token_by_token(self, case):
-        self.check_plan(case, 15, self.one_by_one(15, first=2))
+        self.check_plan(case, 15, self.one_by_one(15, first=8))
 
-    @pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
+    @fast(1, 2)
     def test_ragged_chunks(self, case):
         self.check_plan(case, 40, self.ragged(40))
 
-    @pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
+    @fast(2)
     def test_speculation(self, case):
         self.check_plan(case, 13, self.speculative(13), lookahead=4)
 
-    @pytest.mark.parametrize("case", [FAST[1], FAST[3]], ids=lambda case: case.name)
+    @fast(1)
     def test_splits_of_the_keys(self, case):
-        self.check_plan(case, 17, self.one_by_one(17, first=15), num_splits=2)
+        """The keys of a ring are not split."""
+        splits = {} if case.kind == "sliding" else {"num_splits": 2 if case.kind == "paged" else 5}
+        self.check_plan(case, 17, self.one_by_one(17, first=15), **splits)
 
     def test_forks_share_until_they_write(self):
         case, self.length = FAST[1], 24

@@ -5,6 +5,7 @@ config -> table (who holds which block) -> **reserve / step** -> Step -> prefill
 
 import contextlib
 
+from flash_attention.core.validation import is_int
 from flash_attention_infer.core.config import CacheConfig
 from flash_attention_infer.core.errors import CacheError
 from flash_attention_infer.core.ring import Ring
@@ -59,7 +60,7 @@ class KVCache:
 
     def free(self, sequences):
         """End one sequence or several and give up their blocks."""
-        self.table.free([sequences] if isinstance(sequences, int) else sequences)
+        self.table.free([sequences] if is_int(sequences) else sequences)
 
     def truncate(self, sequence, length):
         """Take back the last tokens of a sequence, so that ``length`` remain."""

@@ -1,13 +1,14 @@
 """The arrays of one layer's cache, and how a Step's indices read and write them. Pure functions of pytrees.
 
-Heads come before tokens in a block, so that a contiguous cache is (B, K, S, D) as it is: what the core call reads
-without moving anything.
+Tokens come before heads in a block: writing a token touches one run of memory, a contiguous cache is (B, S, K, D) as it
+is, and the `xla` engine reads that layout without moving anything.
 """
 
 from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from flash_attention_infer.core.quantize import dequantize, quantize
 from flash_attention_infer.core.step import Step
@@ -31,7 +32,7 @@ class LayerCache(NamedTuple):
     """One layer's pool.
 
     Attributes:
-        key, value: (blocks, K, block_size, D), floating or int8.
+        key, value: (blocks, block_size, K, D), floating or int8.
         key_scale, value_scale: float32 (blocks, block_size) with int8, else None.
     """
 
@@ -43,15 +44,15 @@ class LayerCache(NamedTuple):
     @property
     def block_size(self):
         """Tokens of a block."""
-        return self.key.shape[2]
+        return self.key.shape[1]
 
 
 def make(config):
     """An empty :class:`LayerCache` for a ``CacheConfig``."""
-    shape = (config.num_blocks, config.kv_heads, config.block_size, config.head_dim)
+    shape = (config.num_blocks, config.block_size, config.kv_heads, config.head_dim)
     dtype = jnp.dtype(getattr(jnp, config.dtype))
     pools = [jnp.zeros(shape, dtype) for _ in range(2)]
-    scales = [jnp.zeros(shape[::2], jnp.float32) if config.quantized else None for _ in range(2)]
+    scales = [jnp.zeros(shape[:2], jnp.float32) if config.quantized else None for _ in range(2)]
     return LayerCache(*pools, *scales)
 
 
@@ -64,50 +65,45 @@ def encode(layer, key, value):
 
 
 def decoded(stored, dtype):
-    """The inverse of :func:`encode`: ``(keys, values)`` (B, K, T, D) in ``dtype``."""
-    return tuple(jnp.swapaxes(x, 1, 2) for x in _decoded(stored, dtype))
-
-
-def _decoded(stored, dtype):
+    """The inverse of :func:`encode`: ``(keys, values)`` in ``dtype``."""
     if stored.key_scale is None:
         return stored.key.astype(dtype), stored.value.astype(dtype)
     pairs = (stored.key, stored.key_scale), (stored.value, stored.value_scale)
     return tuple(dequantize(jnp, q, scale).astype(dtype) for q, scale in pairs)
 
 
-def _at(pool, block, offset):
-    """Index of tokens in a pool of keys, values or scales."""
-    return (block, offset) if pool.ndim == 2 else (block, slice(None), offset)
-
-
 def write(layer, slots, new):
     """The layer with the tokens ``new`` (a LayerCache of (B, T, ...)) at ``slots`` (B, T); slot -1 is nowhere."""
     block, offset = slots // layer.block_size, slots % layer.block_size
     block = jnp.where(slots < 0, layer.key.shape[0], block)  # out of range: dropped (negative ones would wrap)
-    return jax.tree.map(lambda pool, x: pool.at[_at(pool, block, offset)].set(x, mode="drop"), layer, new)
+    return jax.tree.map(lambda pool, x: _put(pool, (block, offset), x), layer, new)
+
+
+def _put(pool, index, x):
+    """``pool`` with ``x`` at ``index``.
+
+    16-bit floats go as integers: XLA on a CPU would convert all of the pool to float32 and back. It still copies it.
+    """
+    if pool.dtype.itemsize != 2:
+        return pool.at[index].set(x, mode="drop")
+    bits = [lax.bitcast_convert_type(one, jnp.uint16) for one in (pool, x)]
+    return lax.bitcast_convert_type(bits[0].at[index].set(bits[1], mode="drop"), pool.dtype)
 
 
 def read_slots(layer, slots, dtype):
-    """``(keys, values)`` (B, K, n, D) of the tokens at ``slots`` (B, n)."""
+    """``(keys, values)`` (B, n, K, D) of the tokens at ``slots`` (B, n)."""
     block, offset = slots // layer.block_size, slots % layer.block_size
-    return decoded(jax.tree.map(lambda pool: pool[_at(pool, block, offset)], layer), dtype)
+    return decoded(jax.tree.map(lambda pool: pool[block, offset], layer), dtype)
 
 
 def read_tables(layer, step, dtype):
-    """``(keys, values)`` (B, K, n * block_size, D) of the sequences of a step, in order."""
+    """``(keys, values)`` (B, n * block_size, K, D) of the sequences of a step, in order."""
 
     def join(pool):
-        x = pool[step.tables]  # (B, n, block_size) or (B, n, K, block_size, D)
-        if x.ndim == 3:
-            return x.reshape(x.shape[0], -1)
-        return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1, x.shape[4])
+        x = pool[step.tables]  # (B, n, block_size, ...)
+        return x.reshape(x.shape[:1] + (-1,) + x.shape[3:])
 
-    pools = layer if step.whole else jax.tree.map(join, layer)
-    found = []
-    for x, scale in ((pools.key, pools.key_scale), (pools.value, pools.value_scale)):
-        x = x if scale is None else x.astype(jnp.float32) * scale[:, None, :, None]
-        found.append(x.astype(dtype))
-    return tuple(found)
+    return decoded(layer if step.whole else jax.tree.map(join, layer), dtype)
 
 
 @jax.jit
