@@ -25,6 +25,7 @@ EXTRAS = {
     "test": [
         "pytest>=7",
         "pytest-timeout",
+        "pytest-xdist",
         "hypothesis",
         "matplotlib",
         "ruff",

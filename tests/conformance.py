@@ -320,21 +320,24 @@ def judge(run, case, functions=None, without=()):
     """
     got = {case: run(case)}
     try:
-        assert_matches(got, functions, without)
+        return assert_matches(got, functions, without)
     except AssertionError:
         got.update((draw, run(draw)) for draw in more_draws(case))
-        assert_matches(got, getattr(functions, "with_products", functions), without)
+        return assert_matches(got, getattr(functions, "with_products", functions), without)
 
 
 def check(engine, case):
-    """Run `case` on `engine` (an adapter): right results, or a refusal with exactly the engine's own reason."""
+    """Run `case` on `engine` (an adapter): right results, or a refusal with exactly the engine's own reason.
+
+    Returns the largest error as a share of what is allowed; 0 for a refusal.
+    """
     reason = engine.supports(case.spec)
     if reason is not None:
         with pytest.raises(UnsupportedError) as caught:
             engine.run(case)
         assert str(caught.value) == reason.message(LAYER, engine.name)
-        return
-    judge(engine.run, case, engine.functions)
+        return 0.0
+    return judge(engine.run, case, engine.functions)
 
 
 def assert_matches(got, functions=None, without=()):
@@ -344,6 +347,9 @@ def assert_matches(got, functions=None, without=()):
         got: {case: results by name}, the draws of one case.
         functions: those of the naive implementation.
         without: names of results that need not be there (constants have no gradient, mechanisms no LSE).
+
+    Returns:
+        The largest error as a share of what is allowed.
     """
     for case, results in got.items():
         want = run_reference(case)
@@ -361,16 +367,17 @@ def assert_matches(got, functions=None, without=()):
 
         naive = zip(*(run_naive(case, functions) for case in got))  # by order of summation
         want = chosen([run_reference(case) for case in got])
-        assert_close(chosen(got.values()), want, [chosen(runs) for runs in naive], dtype, direction)
+        return assert_close(chosen(got.values()), want, [chosen(runs) for runs in naive], dtype, direction)
 
     case = next(iter(got))
     want = run_reference(case)
     groups = (["lse"], naive_lse, "float32", FORWARD), (["out"], run_naive, case.dtype, FORWARD)
-    grads = [name for name in want if name not in ("out", "lse")]
+    grads, worst = [name for name in want if name not in ("out", "lse")], 0.0
     for names, naive, dtype, direction in groups + ((grads, run_naive, case.dtype, GRADIENTS),):
         names = [name for name in names if name in got[case]]
         if names:
-            compare(names, naive, dtype, direction)
+            worst = max(worst, compare(names, naive, dtype, direction))
+    return worst
 
 
 # --- the list --------------------------------------------------------------------------------------

@@ -161,6 +161,24 @@ def pytest_terminal_summary(terminalreporter, config):
             write("{}  ({})".format(name, count))
 
 
+# --- several processes (pytest-xdist) ---------------------------------------------------------------
+NOTES = ("_flash_left_out", "_flash_not_reached")
+
+
+def pytest_sessionfinish(session):
+    """A worker hands its notes to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput.update({name: getattr(session.config, name) for name in NOTES})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    output = getattr(node, "workeroutput", {})  # a worker that crashed has none
+    for why, files in output.get("_flash_left_out", {}).items():
+        node.config._flash_left_out.setdefault(why, []).extend(files)
+    node.config._flash_not_reached += output.get("_flash_not_reached", [])
+
+
 # --- MindSpore's two modes ------------------------------------------------------------------------
 @pytest.fixture(params=["pynative", "graph"])
 def mode(request):
@@ -174,18 +192,30 @@ def mode(request):
 
 
 # --- figures --------------------------------------------------------------------------------------
-@pytest.fixture
-def figure():
-    """`figure(name, value, bound=None, unit="", at_least=False)` records a "Must show" figure; fails beyond its bound.
+FIGURE = "flash_figure"
 
-    The figure is recorded before the test fails, so that the table of `bash build.sh test all` shows by how much.
+
+@pytest.fixture
+def figure(request):
+    """`figure(name, value, bound=None, unit="", ...)` records a "Must show" figure; fails beyond its bound.
+
+    `at_least=True`: the bound is a lower one. `largest=True`: many tests share the figure, the largest of a run counts.
+
+    The figure is kept whether or not the test fails, so that the table of `bash build.sh test all` shows by how much.
     Write the name as a literal: the table finds in the sources which figures exist, and lists those not measured.
     """
 
-    def record(name, value, bound=None, unit="", at_least=False):
-        entry = must_show.record(name, value, bound, unit, at_least)
+    def record(name, value, *rest, **options):
+        entry = must_show.entry(name, value, *rest, **options)
+        request.node.user_properties.append((FIGURE, entry))
         assert must_show.holds(entry), "{} must be {}, but got {}.".format(
             name, must_show.bound_text(entry), must_show.value_text(entry)
         )
 
     return record
+
+
+def pytest_runtest_logreport(report):
+    """Keep the figures of a test that has run: in the one process that reports, so that workers need no lock."""
+    if report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ:
+        must_show.keep([entry for name, entry in report.user_properties if name == FIGURE])

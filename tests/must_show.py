@@ -29,24 +29,36 @@ def load(path=STORE):
         return json.load(stream)
 
 
-def record(name, value, bound=None, unit="", at_least=False, path=STORE):
-    """Keep the figure in the store (the newest of a name wins) and return its entry."""
-    entry = {
+def entry(name, value, bound=None, unit="", at_least=False, largest=False):
+    """One figure of a test, measured now. ``largest``: of all values of one run the largest counts."""
+    return {
         "name": name,
         "value": float(value),
         "bound": None if bound is None else float(bound),
         "unit": unit,
         "at_least": bool(at_least),
+        "largest": bool(largest),
         "time": time.time(),
         "command": os.environ.get("FLASH_COMMAND", "pytest"),
     }
+
+
+RUN_START = float(os.environ.get("FLASH_RUN_START") or time.time())
+
+
+def keep(entries, path=STORE):
+    """Put the entries into the store; the newest of a name wins, or the largest of this run."""
+    if not entries:
+        return
     figures = load(path)
-    figures[name] = entry
+    for new in entries:
+        old = figures.get(new["name"])
+        if not (new["largest"] and old and old["time"] >= RUN_START and old["value"] > new["value"]):
+            figures[new["name"]] = new
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".new", "w", encoding="utf-8") as stream:
         json.dump(figures, stream, indent=1)
     os.replace(path + ".new", path)  # a run that is stopped here leaves the old file whole
-    return entry
 
 
 def holds(entry):

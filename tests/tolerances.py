@@ -83,10 +83,12 @@ _MEANINGLESS = 64.0  # a naive error beyond so many eps of the largest value
 def assert_close(got, want, naive, dtype, direction, exps=1):
     """Fail unless every tensor of `got` is as close to the float64 one in `want` as the table asks.
 
+    Returns the largest error as a share of what is allowed.
+
     `exps`: how often a probability passes through exp where the naive implementation does it once. It matters in
     MindSpore, whose exp is up to 50 units off on the CPU, and nowhere else.
     """
-    limits = allowed(want, naive, dtype, direction)
+    limits, worst = allowed(want, naive, dtype, direction), 0.0
     for name in want:
         result = np.asarray(got[name], np.float64)
         assert result.shape == np.shape(want[name]), "{}: shape {}, not {}".format(
@@ -96,3 +98,5 @@ def assert_close(got, want, naive, dtype, direction, exps=1):
         assert found <= limit, "{}: error {:.3g}, allowed {:.3g} ({:.2f} times); largest value {:.3g}".format(
             name, found, limit, found / limit if limit else float("inf"), largest(want[name])
         )
+        worst = max(worst, found / limit if limit else 0.0)
+    return worst

@@ -15,8 +15,18 @@ PUBLIC = (
         (
             ("nn/layer/flash_attention.py", "flash_attention.nn", ("FlashAttention",)),
             ("ops/functional.py", "flash_attention.ops", ("flash_attention",)),
+            ("nn/layer/context_parallel.py", "flash_attention.nn", ("RingAttention", "UlyssesAttention")),
+            ("nn/layer/flexible.py", "flash_attention.nn", ("FlexibleAttention",)),
+            ("nn/flexible/registry.py", "flash_attention.nn", ("Mechanism", "MechanismRegistry")),
             ("nn/layer/multi_query.py", "flash_attention.nn", ("MultiQueryAttention", "grouped_query_attention")),
             ("nn/layer/dilated.py", "flash_attention.nn", ("DilatedAttention", "dilated_attention")),
+            ("nn/layer/blockwise.py", "flash_attention.nn", ("BlockwiseAttention", "BlockwiseFFN")),
+            ("nn/layer/blockwise_block.py", "flash_attention.nn", ("BlockwiseParallel",)),
+            (
+                "nn/layer/blockwise_loss.py",
+                "flash_attention.nn",
+                ("Blockwise_LM_Head", "blockwise_cross_entropy", "blockwise_fused_cross_entropy"),
+            ),
             (
                 "nn/layer/cross_modal.py",
                 "flash_attention.nn",
@@ -25,6 +35,12 @@ PUBLIC = (
             ("nn/layer/triangle_attention.py", "flash_attention.nn", ("TriangleAttention",)),
             ("nn/layer/projection.py", "flash_attention.nn", ("weights_of", "load_weights")),
             ("nn/layer/positions.py", "flash_attention.nn", ("Rotary", "XPos", "T5Bias", "alibi_bias")),
+            (
+                "integrations/mindformers.py",
+                "flash_attention.integrations.mindformers",
+                ("enable", "disable", "FlashAttention"),
+            ),
+            ("integrations/mindone.py", "flash_attention.integrations.mindone", ("enable", "disable")),
         ),
     ),
     (
@@ -51,6 +67,17 @@ PUBLIC = (
                 "flash_attention.jax",
                 ("MultiQueryAttention", "grouped_query_attention"),
             ),
+            (
+                "jax/mechanisms/blockwise.py",
+                "flash_attention.jax",
+                ("blockwise_compute_attn", "blockwise_compute_ffn"),
+            ),
+            ("jax/mechanisms/blockwise_block.py", "flash_attention.jax", ("BlockwiseParallelJax",)),
+            (
+                "jax/mechanisms/blockwise_loss.py",
+                "flash_attention.jax",
+                ("Blockwise_LM_Head", "blockwise_cross_entropy", "blockwise_fused_cross_entropy"),
+            ),
             ("jax/mechanisms/positions.py", "flash_attention.jax", ("rotary", "xpos", "t5_bias", "alibi_bias")),
         ),
     ),
@@ -62,6 +89,9 @@ PUBLIC = (
             ("core/plan.py", "flash_attention.core.plan", ("TilePlan", "make_plan")),
             ("core/tiling/base.py", "flash_attention.core.tiling", ("Tile", "Strategy")),
             ("core/tiling/__init__.py", "flash_attention.core.tiling", ("register_strategy", "get_strategy")),
+            ("core/context.py", "flash_attention.core.context", ("RingPlan", "make_ring_plan", "part_of")),
+            ("core/sharding.py", "flash_attention.core.sharding", ("strategies", "share")),
+            ("core/registry.py", "flash_attention.core.registry", ("Registry",)),
             ("core/alibi.py", "flash_attention.core.alibi", ("alibi_slopes",)),
             (
                 "core/mechanisms/weights.py",

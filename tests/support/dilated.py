@@ -210,7 +210,7 @@ BAD_LAYERS = [
     ({"d_model": 8}, "'d_model' must be absent or equal to dim = 16"),
     ({"causal": True, "casual": False}, "'casual' must be absent or equal"),
     ({"dropout": 1.0}, "'dropout' must be"),
-    ({"Distributed": True}, "'Distributed' must be False"),
+    ({"Distributed": 1}, "'Distributed' must be a bool"),
     ({"use_xpos": 1}, "'use_xpos' must be a bool"),
     ({"heads": 16, "use_xpos": True}, "'dim' must be an even number of features a head"),
 ]

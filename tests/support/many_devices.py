@@ -317,7 +317,107 @@ def million(name):
     return {"finite": all(bool(jnp.isfinite(grad).all()) for grad in grads), "errors": errors}
 
 
+# --- dilated attention ----------------------------------------------------------------------------
+DILATED = {
+    # 16 tokens a device: patterns inside a device, over two, four and all of them
+    "causal, mixture, T5 bias": (128, {"segment_size": (8, 32, 64), "dilation_rate": (1, 2, 4)}, True, "bias"),
+    "both ways, longer than the sequence": (128, {"segment_size": (16, 4096), "dilation_rate": (3, 4)}, False, None),
+}
+SLOW_DILATED = {
+    "both ways, T5 bias, block offsets": (
+        128, {"segment_size": (32, 128), "dilation_rate": (2, 8), "head_offset": "block"}, False, "bias"
+    ),
+    "causal, xPos": (128, {"segment_size": (8, 64), "dilation_rate": (1, 4)}, True, "xpos"),
+    "both ways, xPos": (128, {"segment_size": (32,), "dilation_rate": (2,)}, False, "xpos"),
+    "frozen weights": (
+        128, {"segment_size": (8, 32), "dilation_rate": (1, 2), "stop_weight_grad": True}, True, None
+    ),
+}  # fmt: skip
+
+
+def dilated(name):
+    """[(what, error, largest value)] of output, LSE and gradients over 8 devices against one."""
+    from flash_attention.jax import dilated_attention
+    from flash_attention.jax.distributed.mesh import shard_map
+
+    length, options, causal, extra = dict(DILATED, **SLOW_DILATED)[name]
+    query, key, value, weights = (normal(2, length, 4, 8, seed=seed) for seed in (1, 2, 3, 4))
+    table = normal(32, 4, seed=5) if extra == "bias" else None
+    call = functools.partial(dilated_attention, is_causal=causal, use_xpos=extra == "xpos", return_lse=True, **options)
+
+    def over_devices(query, key, value, rel_pos_table):
+        tokens, whole = jax.sharding.PartitionSpec(None, "sp"), jax.sharding.PartitionSpec()
+        lse = jax.sharding.PartitionSpec(None, None, "sp")
+        attend = lambda q, k, v, table: call(q, k, v, rel_pos_table=table, axis_name="sp")  # noqa: E731
+        spread = shard_map(attend, make_mesh(DIMS["sp8"]), (tokens,) * 3 + (whole,), (tokens, lse))
+        return spread(query, key, value, rel_pos_table)
+
+    def results(attend):
+        def loss(query, key, value, table):
+            out, lse = attend(query, key, value, rel_pos_table=table)
+            return (out * weights).sum(), {"out": out, "lse": lse}
+
+        argnums = (0, 1, 2) if table is None else (0, 1, 2, 3)
+        (_, found), grads = jax.jit(jax.value_and_grad(loss, argnums, has_aux=True))(query, key, value, table)
+        return dict(found, **dict(zip(("query", "key", "value", "table"), grads)))
+
+    found, want = results(over_devices), results(call)
+    return [(what, *difference(found[what], want[what])) for what in want]
+
+
+def dilated_layer(name):
+    """[(what, error, largest value)] of the layer with Distributed=True, dropout on, and gradients."""
+    from flash_attention.jax import DilatedAttention
+    from flash_attention.jax.distributed.mesh import shard_map
+
+    del name
+    sizes = {"dim": 16, "heads": 4, "segment_size": (8, 32), "dilation_rate": (1, 2), "causal": True, "dropout": 0.3}
+    alone = DilatedAttention(**sizes)
+    layer = DilatedAttention(**sizes, Distributed=True, axis_name="sp")
+    x, weights, rng = normal(2, 128, 16, seed=1), normal(2, 128, 16, seed=2), jax.random.PRNGKey(3)
+    tokens, whole = jax.sharding.PartitionSpec(None, "sp"), jax.sharding.PartitionSpec()
+
+    def one(params, x):
+        return alone(x, params=params, deterministic=False, dropout_rng=rng)
+
+    def many(params, x):
+        attend = lambda params, x: layer(x, params=params, deterministic=False, dropout_rng=rng)  # noqa: E731
+        return shard_map(attend, make_mesh(DIMS["sp8"]), (whole, tokens), tokens)(params, x)
+
+    def results(attend):
+        def loss(params, x):
+            out = attend(params, x)
+            return (out * weights).sum(), out
+
+        (_, out), (d_params, d_x) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(alone.params, x)
+        return [out, d_x] + jax.tree.leaves(d_params)
+
+    pairs = zip(results(many), results(one))
+    return [(str(number), *difference(*pair)) for number, pair in enumerate(pairs)]
+
+
+def dilated_volume(name):
+    """{length: bytes gathered by a device} at patterns that grow with the devices: the same at every length."""
+    from flash_attention.jax import dilated_attention
+    from flash_attention.jax.distributed.mesh import shard_map
+
+    del name
+    found = {}
+    for shared in (2, 4, 8):  # devices that share a segment; the rate grows with it
+        tokens = jax.sharding.PartitionSpec(None, "sp")
+        attend = functools.partial(
+            dilated_attention, segment_size=64 * shared, dilation_rate=4 * shared, is_causal=True, axis_name="sp"
+        )
+        spread = shard_map(attend, make_mesh(DIMS["sp8"]), (tokens,) * 3, tokens)
+        x = jax.ShapeDtypeStruct((1, 512, 32, 8), jnp.float32)
+        found[shared] = sent(jax.jit(spread).lower(x, x, x).compile().as_text())
+    return found
+
+
 KINDS = {
+    "dilated": dilated,
+    "dilated_layer": dilated_layer,
+    "dilated_volume": dilated_volume,
     "module": module,
     "equal": equal,
     "volumes": volumes,

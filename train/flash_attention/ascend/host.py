@@ -89,10 +89,12 @@ def pack_keep(geometry, seed):
     spec = geometry.spec
     axes = tile_axes(geometry, (spec.batch, spec.heads, spec.q_len, spec.kv_len))
     packed = np.zeros(axes, np.uint8)
-    i, j = np.arange(spec.q_len)[:, None], np.arange(spec.kv_len)[None, :]
+    first_row, first_head, first_query, first_key = spec.origin
+    i = first_query + np.arange(spec.q_len)[:, None]
+    j = first_key + np.arange(spec.kv_len)[None, :]
     for batch in range(spec.batch):
         for head in range(spec.heads):
-            kept = dropout.keep(np, seed, batch, head, i, j, spec.dropout_rate)
+            kept = dropout.keep(np, seed, first_row + batch, first_head + head, i, j, spec.dropout_rate)
             packed[batch, head] = pack_tiles(kept[None, None], (1, 1) + axes[2:], np.uint8)[0, 0]
     return packed
 

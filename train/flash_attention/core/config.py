@@ -27,10 +27,11 @@ LAYER = "FlashAttention"
 class CellConfig:
     """Constructor arguments of ``FlashAttention`` in their published order, validated on construction.
 
-    ``block_size=None`` takes the tiling strategy's own unit: 128 for 'sparse' and 'auto', 64 for 'wukong'.
+    ``head_dim=None`` takes the query's; ``head_num`` is checked against the query when given. ``block_size=None`` takes
+    the tiling strategy's own unit: 128 for 'sparse' and 'auto', 64 for 'wukong'. ``layer``: the name in messages.
     """
 
-    head_dim: int
+    head_dim: Optional[int]
     dropout_rate: float = 0.0
     prev_block_num: int = NO_LIMIT
     next_block_num: int = NO_LIMIT
@@ -45,22 +46,26 @@ class CellConfig:
     block_size: Optional[int] = None
     engine: Optional[str] = None
     return_lse: bool = False
+    layer: str = LAYER
+    head_num: Optional[int] = None
 
     def __post_init__(self):
-        check_int(LAYER, "head_dim", self.head_dim, 1)
-        check_rate(LAYER, "dropout_rate", self.dropout_rate)
+        for name in ("head_dim", "head_num"):
+            if getattr(self, name) is not None:
+                check_int(self.layer, name, getattr(self, name), 1)
+        check_rate(self.layer, "dropout_rate", self.dropout_rate)
         for name in ("prev_block_num", "next_block_num"):
-            check_int(LAYER, name, getattr(self, name), 0)
-        strategy = get_strategy(self.tiling_stgy_name, LAYER)
+            check_int(self.layer, name, getattr(self, name), 0)
+        strategy = get_strategy(self.tiling_stgy_name, self.layer)
         for name in ("dp", "mp"):
-            check_int(LAYER, name, getattr(self, name), 1)
+            check_int(self.layer, name, getattr(self, name), 1)
         for name in ("have_attention_mask_batch", "alibi", "causal", "return_lse"):
-            check_bool(LAYER, name, getattr(self, name))
-        check_window(LAYER, self.local_window_size)
-        check_scale(LAYER, self.scale)
+            check_bool(self.layer, name, getattr(self, name))
+        check_window(self.layer, self.local_window_size)
+        check_scale(self.layer, self.scale)
         if self.block_size is None:
             object.__setattr__(self, "block_size", strategy.block_size)
-        check_int(LAYER, "block_size", self.block_size, 1)
+        check_int(self.layer, "block_size", self.block_size, 1)
 
     def options(self, training):
         """The functional call's :class:`Options`; dropout acts in training only."""
@@ -77,11 +82,13 @@ class CellConfig:
         )
 
     def check_query(self, shape):
-        """Raise unless the query is (B, N, S, head_dim)."""
+        """Raise unless the query is (B, N, S, head_dim), with N = head_num; either may be left open by None."""
         if len(shape) != 4:
-            raise invalid_value(LAYER, "query", "of rank 4 with layout BNSD", "shape {}".format(tuple(shape)))
-        if shape[3] != self.head_dim:
-            raise invalid_value(LAYER, "query", "of head_dim {}".format(self.head_dim), shape[3])
+            raise invalid_value(self.layer, "query", "of rank 4 with layout BNSD", "shape {}".format(tuple(shape)))
+        if self.head_dim is not None and shape[3] != self.head_dim:
+            raise invalid_value(self.layer, "query", "of head_dim {}".format(self.head_dim), shape[3])
+        if self.head_num is not None and shape[1] != self.head_num:
+            raise invalid_value(self.layer, "query", "of {} heads, as head_num says".format(self.head_num), shape[1])
 
     def mask_shape(self, mask, batch, heads, q_len, kv_len):
         """Shape to give ``attention_mask`` before it becomes the functional ``mask``.

@@ -34,7 +34,11 @@ class Call:
 
 _CELL_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), compact (T,T) or (1,T,T)"
 _CROSS_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), key_padding_mask (B,Sk)"
+_BLOCK_MASKS = "(B,Sk), (1|B,1,1,Sk), (1|B,1|N,Sq,Sk)"
+_RANK_MASKS = "(1|B,1|N,Sq,Sk), (1|B,1|N,1,Sk): rows of this rank, keys of all"
+_FLEXIBLE_MASKS = "(B,Sk), (1|B,1|Sq,Sk), rank 4 broadcastable to (B,N,Sq,Sk)"
 _SAME = "Sq = Sk"
+_TOP_LEFT = "top-left (offset = 0)"
 _FULL_MASKS = "broadcastable to (B,N,Sq,Sk)"
 _FUNCTION_MASKS = "broadcastable to (B,N,Sq,Sk), compact (T,T)"
 
@@ -70,9 +74,19 @@ CALLS = (
         "BSND",
         "attention_mask",
         KEEP,
-        "(B,Sk), (1|B,1|Sq,Sk), (1|B,1|N,1|Sq,1|Sk)",
+        _FLEXIBLE_MASKS,
         BOTTOM_RIGHT + ", q_offset= overrides",
     ),
+    Call(
+        "flash_attention.nn.FlexibleAttention",
+        "BSND",
+        "attention_mask",
+        KEEP,
+        _FLEXIBLE_MASKS,
+        BOTTOM_RIGHT + ", q_offset= overrides",
+    ),
+    Call("flash_attention.nn.RingAttention", "BNSD", "attention_mask", DISCARD, _RANK_MASKS, BOTTOM_RIGHT),
+    Call("flash_attention.nn.UlyssesAttention", "BNSD", "attention_mask", DISCARD, _RANK_MASKS, BOTTOM_RIGHT),
     Call("flash_attention.nn.grouped_query_attention", "BSND", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
     Call("flash_attention.jax.grouped_query_attention", "BSND", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
     Call("flash_attention.nn.MultiQueryAttention", "x (B,Sq,E)", "mask", KEEP, _FULL_MASKS, BOTTOM_RIGHT),
@@ -81,6 +95,24 @@ CALLS = (
     Call("flash_attention.jax.dilated_attention", "BSND", "none", "-", "-", _SAME),
     Call("flash_attention.nn.DilatedAttention", "x (B,S,E)", "none", "-", "-", _SAME),
     Call("flash_attention.jax.DilatedAttention", "x (B,S,E)", "none", "-", "-", _SAME),
+    Call("flash_attention.nn.BlockwiseAttention", "BSND", "none (bias)", "-", "-", _TOP_LEFT),
+    Call("flash_attention.jax.blockwise_compute_attn", "BSND", "none (bias)", "-", "-", _TOP_LEFT),
+    Call(
+        "flash_attention.nn.BlockwiseParallel",
+        "x (B,S,E)",
+        "attention_mask",
+        KEEP,
+        _BLOCK_MASKS,
+        _SAME + ", or a cache",
+    ),
+    Call(
+        "flash_attention.jax.BlockwiseParallelJax",
+        "x (B,S,E)",
+        "attention_mask",
+        KEEP,
+        _BLOCK_MASKS,
+        _SAME + ", or a cache",
+    ),
     Call("flash_attention.nn.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
     Call("flash_attention.jax.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
     Call("flash_attention.nn.TriangleAttention", "BNSD", "attention_mask", DISCARD, "(1|B,S,S)", _SAME),

@@ -1,7 +1,7 @@
 """Engines and how one is chosen. Each framework has one :class:`EngineTable`; an engine joins it with one line."""
 
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Tuple
 
 from flash_attention.core.errors import invalid_value
 
@@ -12,10 +12,11 @@ class Engine:
 
     Attributes:
         name: the name users give to ``engine=`` / ``implementation=``.
-        run: ``run(spec, query, key, value, operands) -> (out, lse)`` on BNSD tensors.
+        run: ``run(spec, query, key, value, operands) -> (out, lse)`` on tensors in ``spec.layout``; lse (B, N, Sq).
         supports: ``supports(spec) -> Reason or None``. It never raises: an exception in it is a bug.
         order: ``auto`` takes the first supported engine in ascending order; None = only when asked for by name.
         pays: ``pays(spec) -> bool``, by measurement: False where ``auto`` should rather take any engine after it.
+        layouts: what ``spec.layout`` may be; other layouts are transposed before the engine is called.
         note: where it was proven, printed by ``info`` ("simulated, not run on device").
     """
 
@@ -25,6 +26,7 @@ class Engine:
     order: int = 0
     note: str = ""
     pays: Callable = lambda spec: True
+    layouts: Tuple[str, ...] = ("BNSD",)
 
 
 class EngineTable:

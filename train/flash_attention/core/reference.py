@@ -55,9 +55,8 @@ def keep_mask(xp, spec, operands):
         xp.arange(size, dtype=xp.uint32).reshape([-1 if axis == own else 1 for axis in range(4)])
         for own, size in enumerate(axes)
     ]
-    if operands.origin is not None:
-        start = xp.asarray(operands.origin).astype(xp.uint32)
-        b, h, i, j = [x + start[axis] for axis, x in enumerate((b, h, i, j))]
+    start = xp.asarray(spec.origin if operands.origin is None else operands.origin).astype(xp.uint32)
+    b, h, i, j = [x + start[axis] for axis, x in enumerate((b, h, i, j))]
     return dropout.keep(xp, operands.dropout_seed, b, h, i, j, spec.dropout_rate)
 
 

@@ -36,6 +36,9 @@ class AttentionSpec:
         dropout_rate: probability of dropping, in [0, 1).
         tiling: name of the tiling strategy, for engines whose tiles it decides; never changes a result.
         tile: (queries, keys) of a compute tile, for engines that take one; None = their choice; never changes a result.
+        layout: 'BNSD', or 'BSND' for an engine that reads it as it is (``Engine.layouts``).
+        origin: where the call is a part of a larger one, the index there of its first batch row, head, query and key;
+            dropout counts from it. ``Operands.origin`` overrides it at run time.
         wide: output and gradients stay float32 whatever the dtype: parts that are to be merged or summed.
     """
 
@@ -66,6 +69,8 @@ class AttentionSpec:
     dropout_rate: float = 0.0
     tiling: str = "auto"
     tile: Optional[Tuple[int, int]] = None
+    layout: str = "BNSD"
+    origin: Tuple[int, int, int, int] = (0, 0, 0, 0)
     wide: bool = False
 
     def __post_init__(self):
@@ -121,8 +126,7 @@ class Operands(NamedTuple):
         q_lengths, kv_lengths: int32 (B,); queries and keys from there on do not exist.
         q_offset: int32 scalar or (B,): run-time position of query 0.
         dropout_seed: uint32 scalar.
-        origin: int32 (4,), where the call is a part of a larger one: the index there of its first batch row, head,
-            query and key; dropout counts from it.
+        origin: int32 (4,), ``AttentionSpec.origin`` where it is only known at run time.
     """
 
     bias: object = None

@@ -1,6 +1,7 @@
 """The functional JAX call: validate, choose an engine, bring tensors to BNSD, run, bring them back."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -171,10 +172,11 @@ def describe(x):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(engine, spec, layout, query, key, value, operands):
-    if layout == "BSND":
-        query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    out, lse = ENGINES[engine].run(spec, query, key, value, operands)
-    return (jnp.swapaxes(out, 1, 2) if layout == "BSND" else out), lse
+    engine = ENGINES[engine]
+    if layout in engine.layouts:
+        return engine.run(replace(spec, layout=layout), query, key, value, operands)
+    out, lse = engine.run(spec, *(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), operands)
+    return jnp.swapaxes(out, 1, 2), lse
 
 
 def _arrays(spec, operands):

@@ -88,8 +88,8 @@ def flash_attention(
     Supported Platforms:
         ``Ascend`` ``GPU`` ``CPU`` (what was proven where: see the support table)
     """
-    query_seq_lengths = _vector("query_seq_lengths", query_seq_lengths, query)
-    key_value_seq_lengths = _vector("key_value_seq_lengths", key_value_seq_lengths, query)
+    query_seq_lengths = length_tensor("query_seq_lengths", query_seq_lengths, query)
+    key_value_seq_lengths = length_tensor("key_value_seq_lengths", key_value_seq_lengths, query)
     dropout_seed = seed_tensor(LAYER, dropout_seed)
     offset_tensor = q_offset if isinstance(q_offset, Tensor) else None
     offset_int = None if isinstance(q_offset, Tensor) else q_offset
@@ -107,7 +107,7 @@ def flash_attention(
         check_not_additive(LAYER, mask)
     cell, mask_shape, bias_shape, slopes_shape, axes = resolve(LAYER, shapes, dtypes, options, engine)
     if layout == "BSND":
-        query, key, value = _swap(query, axes), _swap(key, axes), _swap(value, axes)
+        query, key, value = swap(query, axes), swap(key, axes), swap(value, axes)
     out, lse = cell(
         query,
         key,
@@ -124,14 +124,17 @@ def flash_attention(
         dropout_seed if dropout_rate > 0 else None,
     )
     if layout == "BSND":
-        out = _swap(out, axes)
+        out = swap(out, axes)
     if return_lse:
         return out, lse
     return out
 
 
-def _swap(x, axes):
-    """BSND <-> BNSD. ``axes`` come from ``resolve``, so that a graph validates the ranks first."""
+def swap(x, axes):
+    """``x`` with two axes exchanged, as between BSND and BNSD.
+
+    ``axes`` must come out of a ``constexpr`` that has checked the rank, so that a graph checks before it transposes.
+    """
     if x.dtype == mstype.bfloat16 and on_cpu():  # the CPU has no bfloat16 transpose
         return x.astype(mstype.float32).swapaxes(axes[0], axes[1]).astype(mstype.bfloat16)
     return x.swapaxes(axes[0], axes[1])
@@ -216,7 +219,7 @@ def check_flag(layer, name, value):
     check_bool(layer, name, value)
 
 
-def _vector(name, value, query):
+def length_tensor(name, value, query):
     """Lengths given as an int become a constant tensor (B,)."""
     if value is None or isinstance(value, Tensor):
         return value

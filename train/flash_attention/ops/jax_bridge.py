@@ -42,15 +42,15 @@ def pays(spec):
 
 
 def _forward(*args):
-    from flash_attention.jax.engines import xla
+    from flash_attention.jax.engines import parallel
 
-    return xla.forward_pass(*args)
+    return parallel.forward_pass(*args)
 
 
 def _backward(*args):
-    from flash_attention.jax.engines import xla
+    from flash_attention.jax.engines import parallel
 
-    return xla.backward_pass(*args)
+    return parallel.backward_pass(*args)
 
 
 ENGINE = Engine(

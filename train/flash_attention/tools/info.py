@@ -22,6 +22,8 @@ def run(args):
     print(format_table(["version", ""], versions))
     print()
     print("CPU      class {}: {}".format(machine.cpu_class(), machine.cpu_name()))
+    if machine.idle_cores():
+        print("         {}".format(machine.idle_cores()))
     for front_end in FRONT_ENDS:
         print("{:8} {}".format(front_end.name, front_end.missing() or devices(front_end.module)))
     for front_end in FRONT_ENDS:

@@ -7,6 +7,8 @@ import os
 import platform
 import re
 
+from flash_attention.core.cores import cores
+
 PACKAGES = ("numpy", "mindspore", "jax", "jaxlib", "torch")
 
 
@@ -37,9 +39,26 @@ def cpu_name():
     return "{}, {} cores".format(line.group(1).strip() if line else platform.machine(), cores())
 
 
-def cores():
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_HALT_POLL = "/sys/module/haltpoll/parameters/guest_halt_poll_ns"
+HALTING = (
+    "idle cores halt at once, and waking one costs so much that XLA and MindSpore can take twice their time; as root: "
+    "echo 2000000 > {0}; echo N > {1}".format(_HALT_POLL, _HALT_POLL.replace("poll_ns", "poll_allow_shrink"))
+)
+
+
+def idle_cores(path=_HALT_POLL):
+    """What a virtual machine's cores do before they halt: :data:`HALTING`, 'idle cores poll N us first', or None.
+
+    On a bare machine a sleeping thread wakes in microseconds. In a virtual one whose cores halt the host must put the
+    core back to work; libraries whose idle threads sleep (XLA, MindSpore) pay for that at every small operation, those
+    whose threads spin (OpenMP: torch, numpy) do not. None: the kernel has no such setting.
+    """
+    try:
+        with open(path, encoding="ascii") as stream:
+            nanoseconds = int(stream.read())
+    except (OSError, ValueError):
+        return None
+    return "idle cores poll {:g} us first".format(nanoseconds / 1e3) if nanoseconds else HALTING
 
 
 def package_version(name):

@@ -11,6 +11,11 @@ pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu, pytest.mark.env_
 BLOCKWISE = [JaxEngine(name) for name in ENGINES.names() if name != "reference"]
 
 
+def judged(figure, engine, case):
+    """Check the case; the largest error of all goes into the table of figures."""
+    figure("conformance, JAX {}: largest error / bound".format(engine), check(engine, case), 1.0, largest=True)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled():
     """Hundreds of compiled programs would fill the memory."""
@@ -20,17 +25,17 @@ def _forget_compiled():
 
 @pytest.mark.parametrize("engine", BLOCKWISE, ids=str)
 @pytest.mark.parametrize("case", tagged("ci", "primary", "pairwise"), ids=str)
-def test_engine(case, engine):
-    check(engine, case)
+def test_engine(case, engine, figure):
+    judged(figure, engine, case)
 
 
 @pytest.mark.parametrize("case", tagged("ci"), ids=str)
-def test_reference_engine(case):
-    check(JaxEngine("reference"), case)
+def test_reference_engine(case, figure):
+    judged(figure, JaxEngine("reference"), case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", BLOCKWISE, ids=str)
 @pytest.mark.parametrize("case", tagged("long"), ids=str)
-def test_rest_of_the_grid(case, engine):
-    check(engine, case)
+def test_rest_of_the_grid(case, engine, figure):
+    judged(figure, engine, case)

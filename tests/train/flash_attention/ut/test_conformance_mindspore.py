@@ -23,28 +23,33 @@ FULL = [MindSporeEngine(name) for name in NAMES if name != "jax" or len(NAMES) =
 GRAPH = [MindSporeEngine(name, ms.GRAPH_MODE) for name in NAMES]
 
 
+def judged(figure, engine, case):
+    """Check the case; the largest error of all goes into the table of figures."""
+    figure("conformance, MindSpore {}: largest error / bound".format(engine), check(engine, case), 1.0, largest=True)
+
+
 @pytest.mark.parametrize("engine", FULL, ids=str)
 @pytest.mark.parametrize("case", tagged("ci", "primary", "pairwise"), ids=str)
-def test_pynative(case, engine):
-    check(engine, case)
+def test_pynative(case, engine, figure):
+    judged(figure, engine, case)
 
 
 @pytest.mark.skipif(
     "jax" not in NAMES or len(NAMES) == 1, reason="engine 'jax' does not run here, or runs the full list"
 )
 @pytest.mark.parametrize("case", tagged("graph"), ids=str)
-def test_pynative_through_jax(case):
-    check(MindSporeEngine("jax"), case)
+def test_pynative_through_jax(case, figure):
+    judged(figure, MindSporeEngine("jax"), case)
 
 
 @pytest.mark.parametrize("engine", GRAPH, ids=str)
 @pytest.mark.parametrize("case", tagged("graph"), ids=str)
-def test_graph(case, engine):
-    check(engine, case)
+def test_graph(case, engine, figure):
+    judged(figure, engine, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", FULL, ids=str)
 @pytest.mark.parametrize("case", tagged("long"), ids=str)
-def test_rest_of_the_grid(case, engine):
-    check(engine, case)
+def test_rest_of_the_grid(case, engine, figure):
+    judged(figure, engine, case)

@@ -23,7 +23,9 @@ def test_mask(call, kind, layout):
     function = getattr(importlib.import_module(module), name)
     q, k, v, keep = draws()
     mask = {call.mask_argument: Tensor(mask_of(call.polarity, kind, keep))}
-    if name == "FlashAttention":
+    if name == "FlexibleAttention":
+        function = function("flash_attn2", q.shape[1], q.shape[-1], k.shape[1], causal=False)
+    if call.layout == "BNSD":
         found = function(q.shape[-1])(Tensor(q), Tensor(k), Tensor(v), **mask).asnumpy()
     elif layout == "BNSD":
         found = function(Tensor(q), Tensor(k), Tensor(v), layout="BNSD", **mask).asnumpy()

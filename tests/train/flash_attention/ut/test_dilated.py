@@ -97,6 +97,46 @@ def test_layer_refuses_an_input():
         DilatedAttention(16, 2)(jnp.ones((2, 5, 8)))
 
 
+def test_distributed_needs_an_axis_on_several_devices(monkeypatch):
+    x = jnp.asarray(X, jnp.float32)
+    np.testing.assert_array_equal(
+        DilatedAttention(16, 2, 1, 8, Distributed=True)(x), DilatedAttention(16, 2, 1, 8)(x)
+    )  # one device: the flag changes nothing
+    with pytest.raises(ValueError, match="'axis_name' must be None with Distributed=False, but got 'sp'"):
+        DilatedAttention(16, 2, axis_name="sp")
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    with pytest.raises(ValueError, match="'axis_name' must be the mesh axis that splits the sequence"):
+        DilatedAttention(16, 2, Distributed=True)
+
+
+SPLITS = {
+    "'segment_size' must be a divisor of the 16 tokens of a device, or a multiple that divides all 64": ((24,), (1,)),
+    "'segment_size' must be a divisor of the 16 tokens .* but got 48. Pad the sequence": ((48,), (1,)),
+    "'dilation_rate' must be a divisor of the 16 tokens of a device where a segment is shared, but got 3": (
+        (32,),
+        (3,),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", SPLITS)
+def test_segments_that_do_not_fit_the_devices(message):
+    with pytest.raises(ValueError, match=message):
+        shared.make_shares("dilated_attention", 16, 4, *SPLITS[message], "mod", 4)
+
+
+def test_shares_of_devices():
+    inside, over_two, over_all = shared.make_shares("test", 16, 4, (8, 32, 4096), (3, 4, 8), "mod", 4)
+    assert (inside.members, over_two.members, over_all.members) == (1, 2, 4)
+    assert over_two.local.slots == 4 and over_two.segment.slots == 8 and over_all.segment.segment == 64
+    alone = shared.make_shares("test", 50, 4, (16, 4096), (3, 4), "mod", 1)  # one device takes any length
+    assert [share.local for share in alone] == list(shared.make_patterns(50, 4, (16, 4096), (3, 4)))
+    with pytest.raises(
+        ValueError, match="'segment_size' must be at most 65391 tokens with use_xpos=True where several"
+    ):
+        shared.check_shared_xpos("test", shared.Pattern(2**17, 2**17, 4, (0,)))
+
+
 # --- xPos at length -------------------------------------------------------------------------------
 def test_xpos_in_tiles_of_a_long_segment():
     """A segment longer than one centre can hold: finite, and equal to a small one where distances are the same."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.many_devices import EQUAL, SLOW_EQUAL, VOLUMES
+from support.many_devices import DILATED, EQUAL, SLOW_DILATED, SLOW_EQUAL, VOLUMES
 
 from flash_attention.core.errors import UnsupportedError
 from flash_attention.core.ranges import visible
@@ -47,6 +47,7 @@ FAST_VOLUMES = ("ring, causal", "ring, window")
 def fast():
     """All fast cases in one process, compiled quickly."""
     words = ["equal:" + name for name in EQUAL] + ["volumes:" + name for name in FAST_VOLUMES]
+    words += ["dilated:" + name for name in DILATED]
     return run(["quickly"] + words)
 
 
@@ -68,6 +69,34 @@ def test_equals_one_device(fast, name):
 def test_equals_one_device_slow(name):
     tolerance = 2.0**-6 if "bf16" in name else 2e-5
     assert_equal(run(["quickly", "equal:" + name])["equal:" + name], tolerance)
+
+
+def assert_close(results):
+    for what, error, largest in results:
+        assert error <= 2e-5 * max(1.0, largest), "{}: {:.3g} of {:.3g}".format(what, error, largest)
+
+
+@pytest.mark.parametrize("name", DILATED)
+def test_dilated_attention_equals_one_device(fast, name):
+    assert_close(fast["dilated:" + name])
+
+
+@pytest.mark.slow
+def test_dilated_attention_equals_one_device_slow():
+    found = run(["quickly", "dilated_layer"] + ["dilated:" + name for name in SLOW_DILATED])
+    for name in SLOW_DILATED:
+        assert_close(found["dilated:" + name])
+    assert len(found["dilated_layer"]) == 10
+    assert_close(found["dilated_layer"])
+
+
+@pytest.mark.slow
+def test_dilated_attention_gathers_what_is_kept():
+    found = run(["dilated_volume"])["dilated_volume"]
+    # Kept tokens of a device (64 / rate), and as many from each other member: keys and values, 32 heads of 8 floats.
+    for shared in (2, 4, 8):
+        kept = 64 // (4 * shared)
+        assert found[str(shared)] == {"all-gather": 2 * kept * (shared - 1) * 32 * 8 * 4}
 
 
 def test_replication_is_said(fast):

@@ -136,10 +136,26 @@ def test_figure_records_and_fails_beyond_its_bound(project):
 
 
 # --- the table -------------------------------------------------------------------------------------
+def test_workers_hand_over_figures_and_what_was_left_out(project):
+    pytest.importorskip("xdist")
+    files = {  # one file a worker
+        "test_a.py": "# about jax\ndef test_a(figure):\n    figure('error', 1)\n",
+        "test_b.py": "# about jax\ndef test_b(figure):\n    figure('rate', 2)\n" + PASSES_DEADLINE + PASS,
+        "test_c.py": PASS,
+    }
+    exit_code, text = project(files, "-n", "2", "--dist", "loadfile", FLASH_JAX="newest", FLASH_DEADLINE="9e9")
+    assert exit_code == 0 and "3 passed" in text, text
+    assert "deadline: 1 tests not reached" in text and "tests/test_b.py::test_one  (1)" in text
+    assert "left out: FLASH_JAX runs the JAX suite alone" in text and "tests/test_c.py" in text
+    stored = json.loads((project.path / ".flash" / "figures.json").read_text())
+    assert {name: entry["value"] for name, entry in stored.items()} == {"error": 1.0, "rate": 2.0}
+
+
 def test_table_tells_now_from_before_and_lists_what_is_missing(tmp_path):
     store = str(tmp_path / "figures.json")
-    must_show.record("largest error", 3.0, 4, "ulp", path=store)
-    must_show.record("old", 7, path=store)
+    must_show.keep([must_show.entry("largest error", 3.0, 4, "ulp"), must_show.entry("old", 7)], path=store)
+    for value in (2.0, 3.0, 1.0):
+        must_show.keep([must_show.entry("largest error", value, 4, "ulp", largest=True)], path=store)
     figures = must_show.load(store)
     now = figures["largest error"]["time"]
     figures["old"].update(time=86400 * 365.5, command="bash build.sh test all")

@@ -12,6 +12,7 @@ from support.tik_route import SimulatedKernel
 
 from flash_attention.ascend import simulated
 from flash_attention.ascend.entry.request import FORWARD, KernelRequest
+from flash_attention.core.sharding import share
 from flash_attention.nn.layer.flash_attention import FlashAttention
 from flash_attention.ops import autograd
 from flash_attention.ops.host import HostFunction
@@ -68,27 +69,11 @@ def test_shares_make_the_whole_call():
         np.testing.assert_allclose(got.asnumpy(), grad, rtol=4e-3, atol=2e-3 * np.abs(grad).max())
 
 
-def test_share_of_a_call():
-    part = sharding.share(SPEC, 2, 1)
-    assert (part.batch, part.heads, part.kv_heads, part.mask_shape, part.bias_shape) == (
-        1, 2, 2, (1, 1, 40, 50), (1, 2, 40, 50)
-    )  # fmt: skip
-    part = sharding.share(SPEC, 1, 2)
-    assert (part.batch, part.heads, part.kv_heads, part.mask_shape, part.bias_shape, part.alibi_shape) == (
-        2, 1, 1, (2, 1, 40, 50), (1, 1, 40, 50), (1,)
-    )  # fmt: skip
-    assert sharding.share(SPEC, 1, 1) == SPEC
-    with pytest.raises(ValueError, match="'dp' must be a divisor of the 2 batch, but got 3"):
-        sharding.share(SPEC, 3, 1)
-    with pytest.raises(ValueError, match="'mp' must be a divisor of the 1 key/value heads, but got 2"):
-        sharding.share(SPECS["everything"], 1, 2)
-
-
 def test_operator_is_described_as_split():
     part, whole = requests(FORWARD, SPEC, SHARDS)
     operator = sharding.split(custom.custom_operator(part, whole), whole, *SHARDS)
     attributes = operator.get_attr_dict()
-    assert KernelRequest.from_json(attributes["request"]).geometry.spec == sharding.share(SPEC, *SHARDS)
+    assert KernelRequest.from_json(attributes["request"]).geometry.spec == share(SPEC, *SHARDS)
     assert attributes["dev_matrix_shape"] == [2, 2]
     maps = dict(zip(attributes["input_names"], attributes["inputs_tensor_map"]))
     assert maps["query"] == maps["key"] == [1, 0, -1, -1]

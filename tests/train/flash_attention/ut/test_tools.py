@@ -22,7 +22,7 @@ from flash_attention.core.errors import Reason
 from flash_attention.core.plan import make_plan
 from flash_attention.core.spec import AttentionSpec, Operands
 from flash_attention.tools import check, cli, info, machine
-from flash_attention.tools.bench import judge, limits, measure, registry, report
+from flash_attention.tools.bench import distance, judge, limits, measure, registry, report
 from flash_attention.tools.bench import run as bench_run
 from flash_attention.tools.bench.cases import SEED, Case, round_to
 from flash_attention.tools.frontends import FRONT_ENDS, FrontEnd
@@ -48,6 +48,16 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason=
 )
 def test_cpu_class_from_flags(text, want):
     assert machine.cpu_class(text) == want
+
+
+@pytest.mark.parametrize(
+    "text, want", [("0\n", machine.HALTING), ("2000000\n", "idle cores poll 2000 us first"), (None, None)]
+)
+def test_what_idle_cores_do(tmp_path, text, want):
+    path = tmp_path / "guest_halt_poll_ns"
+    if text is not None:
+        path.write_text(text)
+    assert machine.idle_cores(str(path)) == want
 
 
 def test_versions_name_what_is_and_what_is_not_installed():
@@ -368,6 +378,51 @@ def test_a_round_of_minutes_is_run_once_and_others_three_times():
     assert len(measure.time_job(FakePool({"a": 6.0, "b": 1.0}), _job())["a"]["times"]) == 3
 
 
+def _cores(trips, **options):
+    """Cores whose round trips take these times, the last one from then on."""
+    trips = list(trips)
+    return distance.Cores(lambda: trips.pop(0) if len(trips) > 1 else trips[0], nearest=100.0, **options)
+
+
+@pytest.mark.parametrize(
+    "trips, rounds, far",
+    [
+        ([110.0], 4, 0),
+        ([110.0, 300.0, 110.0], 4, 0),  # the first round is far and made good by a fifth
+        ([110.0] * 3 + [300.0], 3, 2),  # eight rounds are run, one of them near: two far ones make it three
+        ([None], 4, 0),
+    ],
+)
+def test_rounds_with_cores_far_apart_are_repeated(trips, rounds, far):
+    found = measure.time_job(FakePool({"a": 0.1, "b": 0.2}), _job(), budget=1.3, cores=_cores(trips))
+    assert len(found["a"]["times"]) == rounds and found["a"]["far_rounds"] == found["b"]["far_rounds"] == far
+
+
+def test_waiting_for_near_cores_ends_with_the_patience():
+    cores = _cores([300.0, 300.0, 110.0, 300.0], patience=0.25)
+    assert cores.wait(pause=0.1)
+    assert not cores.wait(pause=0.1)
+    assert cores.patience < 0.05 and cores.nearest == 100.0
+
+
+def test_round_trip_between_two_cores():
+    trip = distance.round_trip()
+    assert trip is None or 10 < trip < 1e6
+
+
+def test_nearest_round_trip_is_found_in_earlier_results(tmp_path):
+    assert bench_run.nearest_round_trip(str(tmp_path)) is None
+    for name, cpu, limit in (
+        ("a", machine.cpu_name(), {"cores": {"round_trip_ns": 250.0}}),
+        ("b", "other", None),
+        ("c", machine.cpu_name(), {}),
+    ):
+        limits = limit if limit is not None else {"cores": {"round_trip_ns": 1.0}}
+        path = tmp_path / "{}-{}.json".format(name, machine.cpu_class())
+        path.write_text(json.dumps({"cpu": cpu, "limits": limits}))
+    assert bench_run.nearest_round_trip(str(tmp_path)) == 250.0
+
+
 def test_a_candidate_that_refuses_does_not_stop_the_others():
     def refuse(command, key):
         if key == "b":
@@ -541,7 +596,7 @@ def tiny(monkeypatch):
     """A registered benchmark of two jobs that measures nothing real; counts what it measured."""
     measured = []
 
-    def fake(pool, job, budget, quick=False):
+    def fake(pool, job, budget, cores, quick=False):
         measured.append(job.id)
         return {entry.label: {"median_s": 1.0, "times": [1.0]} for entry in job.entries}
 

@@ -8,11 +8,11 @@ tokens (B, N, H, D) -> pad -> **sparsify** -> (B * segments, slots, H, D) -> cor
 """
 
 from dataclasses import dataclass
-from typing import Tuple
+from typing import NamedTuple, Tuple
 
 import numpy as np
 
-from flash_attention.core.errors import invalid_type, invalid_value
+from flash_attention.core.errors import Reason, invalid_type, invalid_value
 from flash_attention.core.mechanisms.positions import t5_buckets, xpos_reach, xpos_tables
 from flash_attention.core.validation import check_bool, check_int, check_rate, is_int
 
@@ -83,6 +83,47 @@ def make_patterns(length, heads, segment_size, dilation_rate, head_offset="mod")
     return tuple(patterns)
 
 
+class Share(NamedTuple):
+    """One pattern on one of several devices, each with ``local.length`` consecutive tokens of the sequence.
+
+    Attributes:
+        local: the pattern as this device sparsifies its own tokens.
+        segment: the whole segment that its queries attend to; ``local`` where no segment reaches beyond the device.
+        members: devices that share a segment, consecutive ones; their sparsified keys and values are gathered.
+    """
+
+    local: Pattern
+    segment: Pattern
+    members: int
+
+
+def make_shares(layer, length, heads, segment_size, dilation_rate, head_offset, devices):
+    """The :class:`Share` of each (segment size, rate); ``length`` tokens on each of ``devices``.
+
+    Raises:
+        UnsupportedError: segments that begin or end inside of a device without lying in it, or kept tokens that differ
+            from device to device.
+    """
+    whole = make_patterns(length * devices, heads, segment_size, dilation_rate, head_offset)
+    shares = []
+    for local, pattern in zip(make_patterns(length, heads, segment_size, dilation_rate, head_offset), whole):
+        if length % pattern.segment == 0 or devices == 1:
+            shares.append(Share(local, local, 1))
+            continue
+        members = pattern.segment // length
+        if pattern.segment % length or devices % members:
+            need = "a divisor of the {} tokens of a device, or a multiple that divides all {}".format(
+                length, length * devices
+            )
+            raise Reason("segment_size", pattern.segment, need, "Pad the sequence.").error(layer)
+        if length % pattern.rate:
+            need = "a divisor of the {} tokens of a device where a segment is shared".format(length)
+            raise Reason("dilation_rate", pattern.rate, need, "Pad the sequence.").error(layer)
+        segment = Pattern(pattern.segment, pattern.segment, pattern.rate, pattern.offsets)
+        shares.append(Share(local, segment, members))
+    return tuple(shares)
+
+
 def sparsify(x, pattern, pad, select):
     """(B, N, H, D) -> (B * segments, slots, H, D).
 
@@ -123,14 +164,14 @@ def bucket_ring(pattern, causal):
 
 
 def toeplitz(tile, ring, slots):
-    """(H, 2 * slots) values by distance ``j - i`` modulo 2 * slots -> (1, H, slots, slots).
+    """(H, 2 * S) values by distance ``j - i`` modulo 2 * S -> (1, H, slots, S): queries 0 .. slots, keys 0 .. S.
 
-    Rows of length 2 * slots - 1 cut from the repeated ring start one distance earlier each; no gather, and a gradient
-    that is a sum. ``tile`` is the framework's.
+    Rows of length 2 * S - 1 cut from the repeated ring start one distance earlier each; no gather, and a gradient that
+    is a sum. Rolling the ring by t gives the queries from t on. ``tile`` is the framework's.
     """
-    heads = ring.shape[0]
-    rows = tile(ring, (1, slots))[:, : slots * (2 * slots - 1)]
-    return rows.reshape((1, heads, slots, 2 * slots - 1))[:, :, :, :slots]
+    heads, keys = ring.shape[0], ring.shape[1] // 2
+    rows = tile(ring, (1, slots))[:, : slots * (2 * keys - 1)]
+    return rows.reshape((1, heads, slots, 2 * keys - 1))[:, :, :, :keys]
 
 
 def xpos_tiles(layer, pattern, causal):
@@ -147,6 +188,14 @@ def xpos_tiles(layer, pattern, causal):
         raise invalid_value(layer, "segment_size", need, pattern.segment, "Use causal=True.")
     step = max(1, reach // 2 // pattern.rate)
     return [(first, min(first + step, pattern.slots)) for first in range(0, pattern.slots, step)]
+
+
+def check_shared_xpos(layer, segment):
+    """Raise where one xPos centre cannot hold a segment that several devices share."""
+    reach = xpos_reach("float32", SCALE_BASE)
+    if segment.slots * segment.rate > reach:
+        need = "at most {} tokens with use_xpos=True where several devices share a segment".format(reach)
+        raise Reason("segment_size", segment.segment, need).error(layer)
 
 
 def slot_tables(pattern, first, stop, centre, dim, downscale):
@@ -226,7 +275,4 @@ def check_layer(layer, names, flags, dropout, distributed):
         raise invalid_value(layer, "dim", "a multiple of heads = {}".format(heads), dim)
     if flags.get("use_xpos") and dim // heads % 2:
         raise invalid_value(layer, "dim", "an even number of features a head with use_xpos=True", dim // heads)
-    if distributed:
-        remedy = "Sequence parallelism of this layer is not in this version."
-        raise invalid_value(layer, "Distributed", "False", True, remedy)
     return dim, heads, resolved["causal"]

@@ -47,17 +47,11 @@ def group_index(plan):
     return lax.axis_index(plan.sequence) // plan.ulysses if plan.ring > 1 else jnp.int32(0)
 
 
-def _homes(plan, odd):
-    """(from, to) of the even (or odd) chunks: chunk c of the contiguous order belongs to group c or its mirror."""
-    chunks = [2 * g + odd for g in range(plan.ring)]
-    return [(g, min(c, 2 * plan.ring - 1 - c)) for g, c in enumerate(chunks)]
-
-
 def to_zigzag(plan, x, tokens=2):
     """Contiguous shards -> chunks ``g`` and ``2 * ring - 1 - g`` on group ``g``, stacked on a new first axis."""
     if not plan.zigzag:
         return x[None]
-    even, odd = (_permute(plan, part, _homes(plan, number)) for number, part in enumerate(jnp.split(x, 2, axis=tokens)))
+    even, odd = (_permute(plan, part, plan.homes(number)) for number, part in enumerate(jnp.split(x, 2, axis=tokens)))
     swap = group_index(plan) % 2 == 1  # chunk g has the parity of g
     return jnp.stack([jnp.where(swap, odd, even), jnp.where(swap, even, odd)])
 
@@ -68,7 +62,7 @@ def from_zigzag(plan, x, tokens=2):
         return x[0]
     swap = group_index(plan) % 2 == 1
     parts = jnp.where(swap, x[1], x[0]), jnp.where(swap, x[0], x[1])
-    back = [_permute(plan, part, [(b, a) for a, b in _homes(plan, number)]) for number, part in enumerate(parts)]
+    back = [_permute(plan, part, [(b, a) for a, b in plan.homes(number)]) for number, part in enumerate(parts)]
     return jnp.concatenate(back, axis=tokens)
 
 

@@ -3,15 +3,15 @@
 AttentionSpec, Mesh -> **Plan** -> call.py. Everything here is Python integers, known before anything runs.
 
 The sequence axis has ``parts`` devices: ``ring`` groups of ``ulysses`` neighbours. A group holds one shard of the
-sequence; the all-to-all inside it trades tokens for heads, the ring sends keys and values from group to group. A shard
-is one run of tokens or, for a causal call, two: chunk ``i`` and its mirror image ``2 * ring - 1 - i``, so that every
-group sees equally many keys ("zig-zag").
+sequence, placed as :mod:`flash_attention.core.context` says; the all-to-all inside it trades tokens for heads, the ring
+sends keys and values from group to group.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Optional, Tuple
 
+from flash_attention.core.context import Placement, heads_needed, key_unit, needed_hops, takes_zigzag
 from flash_attention.core.errors import Reason, invalid_value
 from flash_attention.core.spec import AttentionSpec
 from flash_attention.jax.distributed import volume
@@ -21,7 +21,7 @@ STRATEGIES = ("ring", "ulysses", "ring+ulysses", "gather", "merge")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Placement):
     """The static plan of one call; ``print`` explains it.
 
     Attributes:
@@ -54,11 +54,6 @@ class Plan:
     notes: Tuple[str, ...] = ()
 
     @property
-    def chunks(self):
-        """Chunks of a shard."""
-        return 2 if self.zigzag else 1
-
-    @property
     def q_chunk(self):
         """Queries of a chunk."""
         return (self.spec.q_len + self.q_pad) // (self.parts if self.strategy == "gather" else self.ring * self.chunks)
@@ -67,11 +62,6 @@ class Plan:
     def kv_chunk(self):
         """Keys of a chunk."""
         return (self.spec.kv_len + self.kv_pad) // (self.parts if self.strategy == "merge" else self.ring * self.chunks)
-
-    @property
-    def full_turn(self):
-        """True when keys go round the whole ring, so that every group sees those of every other."""
-        return self.hops == ((1, self.ring - 1),)
 
     @property
     def local_heads(self):
@@ -99,10 +89,6 @@ class Plan:
             return self.local_kv_heads // self.ulysses
         return heads_needed(self.ring_heads, self.local_heads // self.local_kv_heads)
 
-    def starts(self, shard, chunk):
-        """First tokens of the chunks (of ``chunk`` tokens) of ring shard ``shard``; traced integers work."""
-        return (shard * chunk, (2 * self.ring - 1 - shard) * chunk) if self.zigzag else (shard * chunk,)
-
     def __str__(self):
         lines = ["{}: {} device(s) along the sequence".format(self.strategy, self.parts)]
         if self.ring > 1 or self.ulysses > 1:
@@ -111,11 +97,6 @@ class Plan:
             lines.append("{} group(s) of {}, {} chunks, hops: {}".format(self.ring, self.ulysses, kind, hops))
         lines.append("a device sends {:,} B forward".format(volume.forward(self)))
         return "\n".join(lines + list(self.notes))
-
-
-def heads_needed(heads, group):
-    """Key/value heads that ``heads`` consecutive query heads are given: one where all share it, else one each."""
-    return 1 if group % heads == 0 else heads
 
 
 def make_plan(layer, spec, mesh, axes, strategy=None, ulysses=None):
@@ -198,13 +179,10 @@ def _refusal(spec, strategy, ulysses, base):
 
 def _laid_out(spec, strategy, ulysses, base):
     """The plan of one strategy: groups, padding, placement, hops."""
-    parts, band = base["parts"], spec.band
+    parts = base["parts"]
     ring = parts // ulysses if strategy in ("ring", "ulysses", "ring+ulysses") else 1
-    causal = band.bounded_above and not band.bounded_below
-    zigzag = ring > 1 and causal and not spec.dynamic_offset
-    # Block windows count blocks from a chunk's first key, so a chunk of keys is made of whole blocks.
-    in_blocks = spec.compact_mask or band.prev is not None or band.next is not None
-    block = spec.block_size if in_blocks and (ring > 1 or strategy == "merge") else 1
+    zigzag = takes_zigzag(spec, ring)
+    block = key_unit(spec) if ring > 1 or strategy == "merge" else 1
     pieces = ring * (2 if zigzag else 1)
     q_unit, kv_unit = {
         "gather": (parts, parts),
@@ -213,23 +191,7 @@ def _laid_out(spec, strategy, ulysses, base):
     q_pad, kv_pad = -spec.q_len % q_unit, -spec.kv_len % kv_unit
     hops = ((1, ring - 1),)
     if ring > 1 and not zigzag:
-        hops = _hops(spec, ring, (spec.q_len + q_pad) // ring, (spec.kv_len + kv_pad) // ring)
+        hops = needed_hops(spec, ring, (spec.q_len + q_pad) // ring, (spec.kv_len + kv_pad) // ring)
     return Plan(
         spec, strategy, ring=ring, ulysses=ulysses, zigzag=zigzag, q_pad=q_pad, kv_pad=kv_pad, hops=hops, **base
     )
-
-
-def _hops(spec, ring, q_chunk, kv_chunk):
-    """Hops that some group of a contiguous ring needs: e.g. ((1, 2), (-1, 1)), or a full turn."""
-    turn = ((1, ring - 1),)
-    if spec.dynamic_offset or spec.band.is_dense:
-        return turn
-    up = down = 0
-    for shard in range(ring):
-        first = spec.band.first_key(shard * q_chunk + spec.offset)
-        last = spec.band.last_key((shard + 1) * q_chunk - 1 + spec.offset)
-        if first <= last:
-            up, down = max(up, shard - first // kv_chunk), max(down, last // kv_chunk - shard)
-    if up + down >= ring - 1:
-        return turn
-    return tuple((way, count) for way, count in ((1, up), (-1, down)) if count) or ((1, 0),)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flash_attention.core.context import reaches
 from flash_attention.core.lse import merge
 from flash_attention.core.spec import AttentionSpec, Operands
 from flash_attention.jax.distributed.exchange import group_index, send
@@ -113,8 +114,7 @@ def _seen(static, shard, pair, source):
         seen = (source >= 0) & (source < plan.ring)
     if spec.dynamic_offset:
         first = _offset(static, shard, pair)
-        last = first + spec.q_len - 1
-        seen = seen & jnp.any((spec.band.first_key(first) < spec.kv_len) & (spec.band.last_key(last) >= 0))
+        seen = seen & jnp.any(reaches(spec.band, first))
     return seen
 
 

@@ -13,6 +13,7 @@ from flash_attention.core import dropout
 from flash_attention.core.engine import Engine
 from flash_attention.core.errors import Reason
 from flash_attention.core.spec import Operands
+from flash_attention.jax.engines import cpu
 from flash_attention.jax.engines import xla_tiles as tiles
 from flash_attention.jax.engines.xla_backward import backward
 from flash_attention.jax.engines.xla_forward import forward
@@ -23,11 +24,12 @@ def run(spec, query, key, value, operands=Operands()):
 
     Args:
         spec: :class:`~flash_attention.core.spec.AttentionSpec`.
-        query: (B, N, Sq, D); key, value: (B, Nkv, Sk, D); float16, bfloat16 or float32.
+        query: (B, N, Sq, D); key, value: (B, Nkv, Sk, D); or all of them BSND, as ``spec.layout`` says. float16,
+            bfloat16 or float32.
         operands: :class:`~flash_attention.core.spec.Operands` of arrays or None.
 
     Returns:
-        ``(out (B, N, Sq, D) in the query's dtype, lse (B, N, Sq) float32)``. Both are differentiable (reverse mode) in
+        ``(out like the query, lse (B, N, Sq) float32)``. Both are differentiable (reverse mode) in
         query, key, value, bias, slopes and sinks. Extra memory: O(S) a head.
     """
     return _attention(spec, query, key, value, operands)
@@ -69,15 +71,32 @@ def _per_example(function):
     return call
 
 
+def _swapped(spec, x):
+    """From ``spec.layout`` to heads before rows, or back."""
+    return jnp.swapaxes(x, 1, 2) if spec.layout == "BSND" else x
+
+
+def _heads(spec, geo, x, rows):
+    """A tensor of heads as :class:`xla_tiles.Inputs` has it, ``rows`` of a head or of a stack of them.
+
+    Loops over heads cut their tiles out of BSND as it is: a transposed copy of the cache would take longer than a
+    decoding step. Where all heads are computed at once, and for stacks, it is transposed.
+    """
+    if spec.layout == "BSND" and rows == x.shape[1] and cpu.on_cpu() and not geo.at_once:
+        return x
+    return _swapped(spec, x).reshape(-1, rows, spec.head_dim)
+
+
 def _flatten(spec, geo, query, key, value, operands):
     """The call's tensors as :class:`xla_tiles.Inputs`."""
-    batch, kv_shape = query.shape[0], (-1, spec.kv_len, spec.head_dim)
-    mask, row_keys = operands.mask, None
+    batch = query.shape[0]
+    mask, row_keys, key_origin = operands.mask, None, None
     if mask is not None:
         mask = mask if mask.dtype == jnp.bool_ else mask > 0
         mask = tiles.repeat_compact(spec, geo, mask) if spec.compact_mask else mask
     if spec.dropout_rate:
-        first = jnp.zeros(4, jnp.int32) if operands.origin is None else operands.origin
+        first = jnp.asarray(spec.origin, jnp.int32) if operands.origin is None else operands.origin
+        key_origin = first[3]
         indices = jnp.ogrid[:batch, : spec.heads, : spec.q_len]
         row_keys = dropout.row_key(jnp, operands.dropout_seed, *(x + first[axis] for axis, x in enumerate(indices)))
 
@@ -85,9 +104,9 @@ def _flatten(spec, geo, query, key, value, operands):
         return None if x is None else jnp.asarray(x, jnp.int32)
 
     return tiles.Inputs(
-        query=query.reshape(-1, geo.rows, spec.head_dim),
-        key=key.reshape(kv_shape),
-        value=value.reshape(kv_shape),
+        query=_heads(spec, geo, query, geo.rows),
+        key=_heads(spec, geo, key, spec.kv_len),
+        value=_heads(spec, geo, value, spec.kv_len),
         offset=per_batch(operands.q_offset).reshape(-1) if spec.dynamic_offset else None,
         bias=operands.bias,
         mask=mask,
@@ -97,7 +116,7 @@ def _flatten(spec, geo, query, key, value, operands):
         q_lengths=per_batch(operands.q_lengths),
         kv_lengths=per_batch(operands.kv_lengths),
         row_keys=row_keys,
-        key_origin=None if operands.origin is None else operands.origin[3],
+        key_origin=key_origin,
     )
 
 
@@ -109,12 +128,12 @@ def _geometry(spec, batch):
 def forward_pass(spec, query, key, value, operands):
     geo = _geometry(spec, query.shape[0])
     inputs = _flatten(spec, geo, query, key, value, operands)
-    sinks = None
+    sinks, rows = None, (query.shape[0], spec.heads, spec.q_len)
     if spec.sinks:
         sinks = operands.sinks.astype(jnp.float32).reshape(1, -1, 1)
-        sinks = jnp.broadcast_to(sinks, query.shape[:3]).reshape(-1, geo.rows)
+        sinks = jnp.broadcast_to(sinks, rows).reshape(-1, geo.rows)
     out, lse = forward(spec, geo, inputs, sinks)
-    return out.reshape(query.shape), lse.reshape(query.shape[:3])
+    return _swapped(spec, out.reshape(*rows, spec.head_dim)), lse.reshape(rows)
 
 
 @_per_example
@@ -124,18 +143,19 @@ def backward_pass(spec, saved, cotangents):
     geo = _geometry(spec, query.shape[0])
     inputs = _flatten(spec, geo, query, key, value, operands)
     dead = lse == -jnp.inf
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(dead, 0.0, d_lse)
+    delta = _swapped(spec, (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1))
+    delta = delta - jnp.where(dead, 0.0, d_lse)
     flat = (-1, geo.rows)
     d_query, d_key, d_value, d_slopes, d_bias = backward(
         spec,
         geo,
         inputs,
-        d_out.reshape(inputs.query.shape),
+        _heads(spec, geo, d_out, geo.rows),
         jnp.where(dead, jnp.inf, lse).reshape(flat),
         delta.reshape(flat),
     )
     if d_slopes is not None:
-        d_slopes = d_slopes.reshape(query.shape[:3]).sum(-1)
+        d_slopes = d_slopes.reshape(lse.shape).sum(-1)
         d_slopes = d_slopes if operands.slopes.ndim == 2 else d_slopes.sum(0)
         d_slopes = d_slopes.astype(operands.slopes.dtype)
     d_sinks = None
@@ -144,7 +164,9 @@ def backward_pass(spec, saved, cotangents):
         share = jnp.where(dead, 0.0, jnp.exp(operands.sinks.astype(jnp.float32)[None, :, None] - lse))
         d_sinks = -(share * delta).sum((0, 2)).astype(operands.sinks.dtype)
     d_bias = None if d_bias is None else d_bias.astype(operands.bias.dtype)
-    d_query, d_key, d_value = [d.reshape(x.shape) for d, x in ((d_query, query), (d_key, key), (d_value, value))]
+    batch, dim = query.shape[0], spec.head_dim
+    d_query = _swapped(spec, d_query.reshape(batch, spec.heads, spec.q_len, dim))
+    d_key, d_value = (_swapped(spec, d.reshape(batch, spec.kv_heads, spec.kv_len, dim)) for d in (d_key, d_value))
     return d_query, d_key, d_value, d_bias, d_slopes, d_sinks
 
 
@@ -156,4 +178,11 @@ def supports(spec):
     return None
 
 
-ENGINE = Engine("xla", run, supports, order=0, note="blockwise; measured on CPU, same code on GPU and TPU")
+ENGINE = Engine(
+    "xla",
+    run,
+    supports,
+    order=0,
+    note="blockwise; measured on CPU, same code on GPU and TPU",
+    layouts=("BNSD", "BSND"),
+)

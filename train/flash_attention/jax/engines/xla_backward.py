@@ -22,7 +22,7 @@ class Saved(NamedTuple):
     """What the loops read."""
 
     inputs: tiles.Inputs
-    d_out: jax.Array  # (T, R, D)
+    d_out: jax.Array  # like Inputs.query
     lse: jax.Array  # (T, R)
     delta: jax.Array  # (T, R)
     key_t: jax.Array = None  # (D, Sk): K of the current key/value head, transposed
@@ -42,7 +42,7 @@ def backward(spec, geo, inputs, d_out, lse, delta):
     """Gradients of the flattened tensors.
 
     Args:
-        d_out: (T, R, D). lse, delta: (T, R) float32; lse is +inf for rows without a visible key.
+        d_out: like ``inputs.query``. lse, delta: (T, R) float32; lse is +inf for rows without a visible key.
 
     Returns:
         ``(d_query (T, R, D), d_key, d_value (B * kv_heads, Sk, D), d_slopes (T, R) or None, d_bias or None)``.
@@ -51,9 +51,10 @@ def backward(spec, geo, inputs, d_out, lse, delta):
     outers = spec.group // geo.stack  # rows of Inputs.query that share a key/value head
 
     def head(kv, d_bias, saved):
+        saved = saved._replace(inputs=tiles.with_own_keys(saved.inputs, kv))
         # K transposed once a head: dQ is formed as K^T dS, again a row-major product. The barrier keeps XLA from
         # folding the transposition back into the dot, where it costs half the speed (and has no bfloat16 kernel).
-        key_t = lax.optimization_barrier(tiles.at(saved.inputs.key, kv).T.astype(dtype))
+        key_t = lax.optimization_barrier(tiles.cut_head(saved.inputs.key, kv, 0, spec.kv_len).T.astype(dtype))
         saved = saved._replace(key_t=key_t)
 
         def tile(n, grads, saved):
@@ -66,11 +67,11 @@ def backward(spec, geo, inputs, d_out, lse, delta):
 
     # Heads may share a bias: its gradient is summed from head to head.
     d_bias = None if inputs.bias is None else jnp.zeros(inputs.bias.shape, jnp.float32)
-    saved, count = Saved(inputs, d_out, lse, delta), inputs.key.shape[0]
+    saved, count = Saved(inputs, d_out, lse, delta), tiles.count_heads(inputs.key)
     d_bias, parts = tiles.over_heads(geo, head, count, saved, d_bias)
     d_query, d_key, d_value, d_slopes = parts
     d_slopes = None if d_slopes is None else d_slopes.reshape(-1, geo.rows)
-    return d_query.reshape(inputs.query.shape), d_key, d_value, d_slopes, d_bias
+    return d_query.reshape(-1, geo.rows, spec.head_dim), d_key, d_value, d_slopes, d_bias
 
 
 def _zeros(spec, geo, inputs, d_bias):
@@ -90,9 +91,8 @@ def _query_tile(spec, geo, saved, outer, n, grads, dtype):
     inputs, local = saved.inputs, n // geo.q_tiles
     where = tiles.place(spec, geo, inputs, outer)
     rows = tiles.rows_of(spec, geo, inputs, where, n % geo.q_tiles)
-    q, d_o, lse, delta = [
-        tiles.cut(x, outer, rows.start, geo.q_tile) for x in (inputs.query, saved.d_out, saved.lse, saved.delta)
-    ]
+    q, d_o = [tiles.cut_head(x, outer, rows.start, geo.q_tile) for x in (inputs.query, saved.d_out)]
+    lse, delta = [tiles.cut(x, outer, rows.start, geo.q_tile) for x in (saved.lse, saved.delta)]
     if rows.fresh is not None:  # rows of the previous tile must not count twice: their probabilities become 0
         lse = jnp.where(rows.fresh, lse, jnp.inf)
     q, d_o = tiles.load_query(spec, q, dtype), d_o.astype(dtype)
@@ -101,8 +101,8 @@ def _query_tile(spec, geo, saved, outer, n, grads, dtype):
         d_q, d_slope, d_key, d_value, d_bias = carry
         inputs, width = saved.inputs, count * geo.kv_tile
         start, extras = tiles.extras_of(spec, geo, inputs, where, rows, first, width, edge)
-        k = tiles.clean(tiles.cut(inputs.key, where.kv, start, width).astype(dtype), extras)
-        v = tiles.clean(tiles.cut(inputs.value, where.kv, start, width).astype(dtype), extras)
+        k = tiles.clean(tiles.cut_head(inputs.key, where.kv, start, width).astype(dtype), extras)
+        v = tiles.clean(tiles.cut_head(inputs.value, where.kv, start, width).astype(dtype), extras)
         k_t = lax.dynamic_slice(saved.key_t, (0, start), (spec.head_dim, width))
         k_t = tiles.clean(k_t, extras, flip=True)
         p, d_s, d_raw = _score_grads(spec, q, k, v, d_o, lse, delta, extras, rows.key)

@@ -24,14 +24,14 @@ def forward(spec, geo, inputs, sinks):
         where = tiles.place(spec, geo, inputs, outer)
         rows = tiles.rows_of(spec, geo, inputs, where, i)
         limits = tiles.bounds(spec, geo, inputs, where, rows)
-        q = tiles.cut(inputs.query, outer, rows.start, geo.q_tile)
+        q = tiles.cut_head(inputs.query, outer, rows.start, geo.q_tile)
         q = tiles.load_query(spec, q, dtype)
 
         def visit(carry, inputs, first, count, edge):
             width = count * geo.kv_tile
             start, extras = tiles.extras_of(spec, geo, inputs, where, rows, first, width, edge)
-            k = tiles.cut(inputs.key, where.kv, start, width).astype(dtype)
-            v = tiles.cut(inputs.value, where.kv, start, width).astype(dtype)
+            k = tiles.cut_head(inputs.key, where.kv, start, width).astype(dtype)
+            v = tiles.cut_head(inputs.value, where.kv, start, width).astype(dtype)
             return accumulate(spec, carry, q, k, tiles.clean(v, extras), extras, rows.key)
 
         state = tiles.sweep(geo, limits, visit, start_of(spec, geo), inputs, WIDTHS)
@@ -40,6 +40,8 @@ def forward(spec, geo, inputs, sinks):
         return rows.start, out, lse
 
     def head(outer, carry, inputs):
+        if geo.q_tiles > 1:
+            inputs = tiles.with_own_keys(inputs, tiles.place(spec, geo, inputs, outer).kv)
 
         def body(i, done, inputs):
             start, out, lse = tile(outer, i, inputs)
@@ -52,7 +54,7 @@ def forward(spec, geo, inputs, sinks):
         out, lse = tiles.loop(geo.q_tiles, body, done, inputs)
         return carry, (out.astype(tiles.out_dtype(spec, inputs.query)), lse)
 
-    return tiles.over_heads(geo, head, inputs.query.shape[0], inputs)[1]
+    return tiles.over_heads(geo, head, tiles.count_heads(inputs.query), inputs)[1]
 
 
 def start_of(spec, geo):

@@ -61,11 +61,14 @@ def geometry(batch, heads, kv_heads, q_len, kv_len, head_dim, tile=None):
 
 
 class Inputs(NamedTuple):
-    """The call's tensors as the loops want them; T = batch * heads / stack, R = stack * Sq. Absent ones are None."""
+    """The call's tensors as the loops want them; T = batch * heads / stack, R = stack * Sq. Absent ones are None.
 
-    query: jax.Array  # (T, R, D)
-    key: jax.Array  # (batch * kv_heads, Sk, D)
-    value: jax.Array  # (batch * kv_heads, Sk, D)
+    Heads lie one after the other, or side by side (BSND): that is read as it is, see :func:`cut_head`.
+    """
+
+    query: jax.Array  # (T, R, D) or (B, Sq, N, D)
+    key: jax.Array  # (batch * kv_heads, Sk, D) or (B, Sk, kv_heads, D)
+    value: jax.Array  # like key
     offset: jax.Array = None  # (1|B,) int32, only when it is a run-time value
     bias: jax.Array = None  # (1|B, 1|N, 1|Sq, 1|Sk)
     mask: jax.Array = None  # bool, like bias; compact: (T + q_tile, T + kv_tile), repeated periodically
@@ -95,8 +98,8 @@ class Place(NamedTuple):
 
     batch: jax.Array
     head: jax.Array  # first query head
-    outer: jax.Array  # row of Inputs.query
-    kv: jax.Array  # row of Inputs.key
+    outer: jax.Array  # (stack of) heads of Inputs.query, over all batches
+    kv: jax.Array  # head of Inputs.key, over all batches
     offset: jax.Array
 
 
@@ -111,8 +114,36 @@ def cut(x, index, start, count):
     return lax.dynamic_slice(x, corner, (1, count) + x.shape[2:])[0]
 
 
+def cut_head(x, head, start, count):
+    """Rows ``start : start + count`` of one head, (count, D); ``x`` like query, key or value of :class:`Inputs`.
+
+    A tensor of a single head is that head, whatever its index.
+    """
+    if x.ndim == 3:
+        return cut(x, 0 if x.shape[0] == 1 else head, start, count)
+    heads, dim = x.shape[2:]
+    corner = (head // heads, start, head % heads, 0)
+    return lax.dynamic_slice(x, corner, (1, count, 1, dim)).reshape(count, dim)
+
+
+def with_own_keys(inputs, kv):
+    """``inputs`` that hold the keys and values of one head alone, copied together if heads lie side by side.
+
+    Worth it where several query tiles read them; a decoding step, which reads them once, cuts them out directly.
+    """
+    if inputs.key.ndim == 3:
+        return inputs
+    key, value = (cut_head(x, kv, 0, x.shape[1])[None] for x in (inputs.key, inputs.value))
+    return inputs._replace(key=key, value=value)
+
+
+def count_heads(x):
+    """How many heads (or stacks of them) such a tensor holds, in all batches."""
+    return x.shape[0] if x.ndim == 3 else x.shape[0] * x.shape[2]
+
+
 def place(spec, geo, inputs, outer):
-    """The :class:`Place` of row ``outer`` of ``Inputs.query``."""
+    """The :class:`Place` of (stack of) heads ``outer``."""
     per_batch = spec.heads // geo.stack
     batch, head = outer // per_batch, outer % per_batch * geo.stack
     kv = batch * spec.kv_heads + head // spec.group

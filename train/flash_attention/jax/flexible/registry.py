@@ -18,11 +18,10 @@ import inspect
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from flash_attention.core.errors import Reason, invalid_value
+from flash_attention.core.errors import invalid_value
 from flash_attention.core.ranges import Band, visible
-from flash_attention.core.spec import NO_LIMIT
+from flash_attention.core.registry import ARGUMENTS, Registry, is_default, not_taken
 from flash_attention.core.validation import check_bool
 from flash_attention.jax.flexible.output import AttentionOutput
 from flash_attention.jax.flexible.partition import check_mode, create_stable_sharding
@@ -37,35 +36,14 @@ _CHAINS = {
     "tt": ("forward_tt", "forward_native"),
 }
 
-# Keyword of forward_* -> the value that means "not given". They are those of flash_attention.jax.flash_attention.
-ARGUMENTS = {
-    "bias": None,
-    "mask": None,
-    "scale": None,
-    "is_causal": False,
-    "query_seq_lengths": None,
-    "key_value_seq_lengths": None,
-    "local_window_size": None,
-    "prev_block_num": NO_LIMIT,
-    "next_block_num": NO_LIMIT,
-    "block_size": 128,
-    "alibi_slopes": None,
-    "dropout_rate": 0.0,
-    "dropout_seed": None,
-    "logits_soft_cap": None,
-    "sinks": None,
-    "q_segment_ids": None,
-    "kv_segment_ids": None,
-    "q_offset": None,
-}
-
 
 class AttentionImpl:
     """Base class of mechanisms: BTHD tensors in, :class:`AttentionOutput` out.
 
     A subclass sets ``names`` (a name, or a tuple of the name and its aliases) and defines ``forward_native``; where a
     platform needs other code, also ``forward_cpu``, ``forward_gpu`` (of both) ``forward_cuda``, ``forward_rocm``,
-    ``forward_tpu`` or ``forward_tt``. They take (query, key, value) and keywords of :data:`ARGUMENTS`.
+    ``forward_tpu`` or ``forward_tt``. They take (query, key, value) and keywords of
+    ``core.registry.ARGUMENTS``.
 
     Args:
         metadata: :class:`AttentionMetadata`.
@@ -124,9 +102,7 @@ class AttentionImpl:
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
             for name in arguments:
                 if name not in takes:
-                    need = "left out (this mechanism does not take it)"
-                    remedy = "'flash_attn2' takes every argument."
-                    return Reason(name, _short(arguments[name]), need, remedy)
+                    return not_taken(name, arguments[name])
         return self.supports(query, key, value, arguments)
 
     def __call__(self, query, key, value, *, mode=None, deterministic=True, dropout_rng=None, **arguments):
@@ -151,7 +127,7 @@ class AttentionImpl:
             if name not in ARGUMENTS:
                 raise TypeError("'{}' is no argument of a mechanism. They are: {}".format(name, ", ".join(ARGUMENTS)))
         mode = check_mode(self.get_mode(query) if mode is None else mode)
-        arguments = {name: x for name, x in arguments.items() if not _is_default(name, x)}
+        arguments = {name: x for name, x in arguments.items() if not is_default(name, x)}
         arguments.update(self._dropout(layer, deterministic, dropout_rng, arguments))
         if self.metadata.softmax_scale is not None and "scale" not in arguments:
             arguments["scale"] = self.metadata.softmax_scale
@@ -205,43 +181,16 @@ class AttentionImpl:
         return create_stable_sharding(state_ps, preserved_indices, clone_ps, dep, tensor, self.metadata.mesh)
 
 
-def _is_default(name, value):
-    default = ARGUMENTS[name]
-    return value is default or (np.isscalar(value) and np.isscalar(default) and value == default)
-
-
-def _short(value):
-    shape = getattr(value, "shape", None)
-    return repr(value) if shape is None else "an array of shape {}".format(tuple(shape))
-
-
-class AttentionRegistry:
+class AttentionRegistry(Registry):
     """Mechanisms by name. A name may have aliases, which :meth:`aliases` lists."""
 
     _classes = {}
     _aliases = {}
-
-    @classmethod
-    def register(cls, impl=None, *, override=False):
-        """Class decorator; ``@AttentionRegistry.register(override=True)`` replaces an existing name.
-
-        Raises:
-            ValueError: the name or an alias is taken, or the class has no name.
-        """
-        if impl is None:
-            return lambda impl: cls.register(impl, override=override)
-        names = (impl.names,) if isinstance(impl.names, str) else tuple(impl.names)
-        if not names or not all(isinstance(name, str) and name for name in names):
-            raise invalid_value("AttentionRegistry", "names", "a str or a tuple of str", repr(impl.names))
-        taken = [name for name in names if name in cls._classes or name in cls._aliases]
-        if taken and not override:
-            remedy = "Choose another name, or register with override=True."
-            raise invalid_value("AttentionRegistry", "names", "free", "{} (taken)".format(", ".join(taken)), remedy)
-        for name in taken:
-            cls.unregister(name)
-        cls._classes[names[0]] = impl
-        cls._aliases.update((alias, names[0]) for alias in names[1:])
-        return impl
+    absent = {
+        "splash": "Splash attention is not part of this version; 'flash_attn2' runs on TPU through XLA.",
+        "pallas_flash": "'flash_attn2' is the same attention.",
+        "cudnn_flash_attn": "It is called 'cudnn' here.",
+    }
 
     @classmethod
     def register_function(cls, names, function, exact=False):
@@ -261,43 +210,9 @@ class AttentionRegistry:
         return cls.register(type(function.__name__, (AttentionImpl,), body))
 
     @classmethod
-    def unregister(cls, name):
-        """Forget a mechanism with its aliases, or an alias."""
-        if cls._classes.pop(name, None) is not None:
-            cls._aliases = {alias: target for alias, target in cls._aliases.items() if target != name}
-        cls._aliases.pop(name, None)
-
-    @classmethod
-    def get(cls, name):
-        """The class registered under a name or alias; ValueError with the known names otherwise."""
-        name = cls._aliases.get(name, name) if isinstance(name, str) else name
-        if not isinstance(name, str) or name not in cls._classes:
-            need = "one of {}".format(", ".join(map(repr, cls.list_implementations())))
-            raise invalid_value("attention", "attn_mechanism", need, repr(name), _ABSENT.get(name, ""))
-        return cls._classes[name]
-
-    @classmethod
     def create(cls, name, metadata):
         """An instance of the mechanism."""
         return cls.get(name)(metadata)
-
-    @classmethod
-    def list_implementations(cls):
-        """Names, sorted, without aliases."""
-        return sorted(cls._classes)
-
-    @classmethod
-    def aliases(cls):
-        """``{alias: name}``."""
-        return dict(cls._aliases)
-
-
-# Names that users of other packages know, for the message about an unknown name.
-_ABSENT = {
-    "splash": "Splash attention is not part of this version; 'flash_attn2' runs on TPU through XLA.",
-    "pallas_flash": "'flash_attn2' is the same attention.",
-    "cudnn_flash_attn": "It is called 'cudnn' here.",
-}
 
 
 def output_of(array):

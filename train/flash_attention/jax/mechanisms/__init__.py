@@ -4,6 +4,9 @@
 """
 
 MECHANISMS = {
+    "blockwise": ("blockwise_compute_attn", "blockwise_compute_ffn"),
+    "blockwise_block": ("BlockwiseParallelJax",),
+    "blockwise_loss": ("Blockwise_LM_Head", "blockwise_cross_entropy", "blockwise_fused_cross_entropy"),
     "cross_modal": ("CrossModalAttention", "CrossModalBlock", "info_nce", "l2_normalize", "logit_scale"),
     "dilated": ("DilatedAttention", "dilated_attention"),
     "multi_query": ("MultiQueryAttention", "grouped_query_attention"),

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from flash_attention.core import dropout
 from flash_attention.core.errors import invalid_value
 from flash_attention.core.mechanisms import dilated as shared
 from flash_attention.core.mechanisms.positions import rotate
@@ -29,6 +30,7 @@ def dilated_attention(
     stop_weight_grad=False,
     return_lse=False,
     implementation=None,
+    axis_name=None,
 ):
     """Dilated attention (Ding et al., "LongNet", 2023), linear in N at fixed patterns.
 
@@ -48,6 +50,8 @@ def dilated_attention(
         stop_weight_grad: no gradient through the mixture's weights (Microsoft's release); default exact.
         return_lse: also return the LSE over all patterns, float32 (B, H, N).
         implementation: as in :func:`flash_attention.jax.flash_attention`.
+        axis_name: mesh axis over which ``jax.shard_map`` splits N: the tensors are this device's tokens, the result is
+            that of all. Keys and values of a segment that devices share are gathered after sparsifying.
 
     Returns:
         (B, N, H, D); a (token, head) that no pattern keeps gives 0 and the LSE -inf.
@@ -55,11 +59,20 @@ def dilated_attention(
     segment_size, dilation_rate = shared.check_call(LAYER, segment_size, dilation_rate, head_offset)
     table_shape = None if rel_pos_table is None else jnp.shape(rel_pos_table)
     shared.check_tensors(LAYER, query.shape, key.shape, value.shape, table_shape)
-    patterns = shared.make_patterns(query.shape[1], query.shape[2], segment_size, dilation_rate, head_offset)
+    devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+    sizes = query.shape[1], query.shape[2], segment_size, dilation_rate, head_offset
+    shares = shared.make_shares(LAYER, *sizes, devices)
+    patterns = [share.local for share in shares]
     call = functools.partial(
-        _attend, is_causal=is_causal, scale=scale, table=rel_pos_table, use_xpos=use_xpos, implementation=implementation
+        _attend,
+        is_causal=is_causal,
+        scale=scale,
+        table=rel_pos_table,
+        use_xpos=use_xpos,
+        implementation=implementation,
+        axis_name=axis_name,
     )
-    parts = [call(pattern, *(_sparsify(x, pattern) for x in (query, key, value))) for pattern in patterns]
+    parts = [call(share, *(_sparsify(x, share.local) for x in (query, key, value))) for share in shares]
     if len(parts) == 1:
         out, lse = parts[0]
         out, total = _densify(out, patterns[0]), _densify(lse, patterns[0], -jnp.inf)
@@ -69,24 +82,53 @@ def dilated_attention(
     return (out, jnp.swapaxes(total[..., 0], 1, 2)) if return_lse else out
 
 
-def _attend(pattern, query, key, value, is_causal, scale, table, use_xpos, implementation):
+def _attend(share, query, key, value, is_causal, scale, table, use_xpos, implementation, axis_name):
     """``(out, lse (.., slots, H, 1))`` of one pattern's segments."""
     batch, slots, heads, dim = query.shape
+    pattern, first = share.segment, 0  # slot of the first query in its segment
     mask = bias = None
+    if share.members > 1:
+        first = jax.lax.axis_index(axis_name) % share.members * slots
+        key, value = (_gathered(x, axis_name, share.members) for x in (key, value))
     if shared.needs_mask(pattern, is_causal):
         occupied = jnp.asarray(pattern.occupied())
         mask = jnp.tile(occupied, (batch // pattern.segments, 1, 1))[:, :, None, :]
     if table is not None:
         ring = jnp.take(jnp.asarray(table), shared.bucket_ring(pattern, is_causal), axis=0).T
-        bias = shared.toeplitz(jnp.tile, ring, slots)
+        bias = shared.toeplitz(jnp.tile, jnp.roll(ring, first, axis=1) if share.members > 1 else ring, slots)
     attend = functools.partial(
-        flash_attention, mask=mask, is_causal=is_causal, scale=scale, return_lse=True, implementation=implementation
+        flash_attention,
+        mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        return_lse=True,
+        implementation=implementation,
+        q_offset=first if is_causal and share.members > 1 else None,
     )
-    if use_xpos:
+    if use_xpos and share.members > 1:
+        out, lse = _attend_shared_xpos(pattern, attend, query, key, value, bias, first)
+    elif use_xpos:
         out, lse = _attend_xpos(pattern, attend, query, key, value, bias, is_causal)
     else:
         out, lse = attend(query, key, value, bias)
     return out, jnp.swapaxes(lse, 1, 2)[..., None]
+
+
+def _gathered(x, axis_name, members):
+    """The sparsified tokens of all devices that share this one's segment."""
+    devices = jax.lax.psum(1, axis_name)
+    groups = [[start + n for n in range(members)] for start in range(0, devices, members)]
+    return jax.lax.all_gather(x, axis_name, axis=1, axis_index_groups=groups if len(groups) > 1 else None, tiled=True)
+
+
+def _attend_shared_xpos(pattern, attend, query, key, value, bias, first):
+    """The core call with xPos where the queries stand at slot ``first`` (traced) of a segment of many devices."""
+    shared.check_shared_xpos(LAYER, pattern)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    slots, dim = query.shape[1], query.shape[-1]
+    whole = functools.partial(shared.slot_tables, pattern, 0, pattern.slots, pattern.slots // 2, dim)
+    own = [jax.lax.dynamic_slice_in_dim(jnp.asarray(table, wide), first, slots) for table in whole(False)]
+    return attend(_turn(query.astype(wide), own), _turn(key.astype(wide), whole(True)), value.astype(wide), bias)
 
 
 def _attend_xpos(pattern, attend, query, key, value, bias, is_causal):
@@ -173,10 +215,12 @@ class DilatedAttention(Layer):
         causal: key j visible only when ``j <= i`` (alias ``casual``, as it is sometimes printed).
         use_xpos: xPos on queries and keys.
         use_rel_pos_bias: T5 bias on the original distances, one table a layer.
-        Distributed: must be False in this version.
+        Distributed: x holds this device's tokens of a sequence that ``jax.shard_map`` splits over ``axis_name``; the
+            result is that of all. Without an axis there must be one device, and the flag changes nothing.
         dtype: of the computation and the output; parameters are float32.
         recompute: keep no intermediate of the attention for the backward pass.
         head_offset, stop_weight_grad: as in :func:`dilated_attention`.
+        axis_name: the mesh axis of ``Distributed``.
 
     Raises:
         ValueError, TypeError: sizes that do not fit, lists of unequal length, an alias that contradicts its name.
@@ -198,6 +242,7 @@ class DilatedAttention(Layer):
         recompute=False,
         head_offset="mod",
         stop_weight_grad=False,
+        axis_name=None,
         d_model=None,
         num_heads=None,
         casual=None,
@@ -216,6 +261,7 @@ class DilatedAttention(Layer):
         self.dropout, self.use_xpos, self.use_rel_pos_bias = float(dropout), use_xpos, use_rel_pos_bias
         self.dtype, self.recompute = dtype, recompute
         self.head_offset, self.stop_weight_grad = head_offset, stop_weight_grad
+        self.axis_name = _axis(Distributed, axis_name)
 
     def init(self, key):
         """New parameters: 'to_q', 'to_k', 'to_v', 'to_out' with 'weight' and 'bias'; 'rel_pos_bias' with 'weight'."""
@@ -251,13 +297,15 @@ class DilatedAttention(Layer):
             use_xpos=self.use_xpos,
             head_offset=self.head_offset,
             stop_weight_grad=self.stop_weight_grad,
+            axis_name=self.axis_name,
         )
         table = params["rel_pos_bias"]["weight"] if self.use_rel_pos_bias else None
         if self.recompute:
             attend = _recomputed(attend)
         out = attend(query, key, value, rel_pos_table=table).reshape(x.shape)
         if self.dropout and not deterministic:
-            out = _dropped(out, self.dropout, dropout_rng)
+            first = 0 if self.axis_name is None else jax.lax.axis_index(self.axis_name) * x.shape[1]
+            out = _dropped(out, self.dropout, dropout_rng, first)
         return dense(params["to_out"], out, self.dtype)
 
 
@@ -266,8 +314,21 @@ def _recomputed(attend):
     return lambda query, key, value, rel_pos_table: checkpointed(query, key, value, rel_pos_table)
 
 
-def _dropped(x, rate, rng):
+def _axis(distributed, name):
+    """The axis name that the attention is given, or None."""
+    if not distributed:
+        if name is not None:
+            raise invalid_value("DilatedAttention", "axis_name", "None with Distributed=False", repr(name))
+    elif name is None and jax.device_count() > 1:
+        need = "the mesh axis that splits the sequence, with Distributed=True on several devices"
+        raise invalid_value("DilatedAttention", "axis_name", need, None)
+    return name
+
+
+def _dropped(x, rate, rng, first):
+    """Dropout by position (batch, token, feature), the same however many devices; ``first``: number of x's token 0."""
     if rng is None:
         raise invalid_value("DilatedAttention", "dropout_rng", "a PRNG key when dropout acts", None)
-    keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
+    b, i, j = jnp.ogrid[: x.shape[0], : x.shape[1], : x.shape[2]]
+    keep = dropout.keep(jnp, jax.random.bits(rng, (), "uint32"), b, 0, i + first, j, rate)
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)

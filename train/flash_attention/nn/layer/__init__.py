@@ -7,8 +7,13 @@ from flash_attention.core.lazy import lazy_names
 from flash_attention.nn.layer.flash_attention import FlashAttention
 
 MECHANISMS = {
+    "blockwise": ("BlockwiseAttention", "BlockwiseFFN"),
+    "blockwise_block": ("BlockwiseParallel",),
+    "blockwise_loss": ("Blockwise_LM_Head", "blockwise_cross_entropy", "blockwise_fused_cross_entropy"),
+    "context_parallel": ("RingAttention", "UlyssesAttention"),
     "cross_modal": ("CrossModalAttention", "CrossModalBlock", "info_nce", "l2_normalize", "logit_scale"),
     "dilated": ("DilatedAttention", "dilated_attention"),
+    "flexible": ("FlexibleAttention", "Mechanism", "MechanismRegistry"),
     "multi_query": ("MultiQueryAttention", "grouped_query_attention"),
     "positions": ("Rotary", "T5Bias", "XPos", "alibi_bias"),
     "projection": ("load_weights", "weights_of"),

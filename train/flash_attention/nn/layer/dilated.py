@@ -8,21 +8,21 @@ import functools
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.ops import operations as P
+from mindspore.ops.functional import depend
 from mindspore.ops.primitive import constexpr
 
 from flash_attention.core.errors import invalid_value
 from flash_attention.core.mechanisms import dilated as shared
 from flash_attention.core.mechanisms.positions import rotate
+from flash_attention.nn.layer.dilated_slots import Densify, Sparsify, cut
+from flash_attention.nn.layer.position_dropout import PositionDropout
 from flash_attention.nn.layer.projection import Projection
+from flash_attention.ops.collectives import ALONE, choose, current_group, subgroup
 from flash_attention.ops.engines import ENGINES
 from flash_attention.ops.functional import computable, flash_attention
+from flash_attention.ops.lse import log_sum_exp
 
 LAYER = "dilated_attention"
-_slice = P.Slice()
-_join = P.Concat(2)
-_gather = P.Gather()
-_zeros_like = P.ZerosLike()  # primitives: a graph cannot expand the functions of these names inside a bprop
 
 
 def dilated_attention(
@@ -39,7 +39,9 @@ def dilated_attention(
     head_offset="mod",
     stop_weight_grad=False,
     return_lse=False,
-    engine=None
+    engine=None,
+    distributed=False,
+    group=None
 ):  # fmt: skip
     """Dilated attention (Ding et al., "LongNet", 2023), linear in N at fixed patterns.
 
@@ -59,13 +61,17 @@ def dilated_attention(
         stop_weight_grad (bool): no gradient through the mixture's weights; default exact.
         return_lse (bool): also return the LSE over all patterns, float32 (B, H, N).
         engine (str): as in ``flash_attention.ops.flash_attention``.
+        distributed (bool): the tensors are this rank's tokens of a sequence that the ranks of a communication group
+            hold in order; the result is that of all. Keys and values of a segment that ranks share are gathered after
+            sparsifying. One process alone computes as ever.
+        group (str): the communication group; None = all processes.
 
     Returns:
         Tensor (B, N, H, D); a (token, head) that no pattern keeps gives 0 and the LSE -inf.
     """
     table_shape = None if rel_pos_table is None else rel_pos_table.shape
     options = (segment_size, dilation_rate, head_offset, is_causal, scale, use_xpos, stop_weight_grad, engine)
-    cell = _cell(query.shape, key.shape, value.shape, table_shape, options)
+    cell = _cell(query.shape, key.shape, value.shape, table_shape, options, distributed, group)
     table = None if rel_pos_table is None else rel_pos_table.astype(mstype.float32)
     out, lse = cell(computable(query), computable(key), computable(value), table)
     if return_lse:
@@ -74,128 +80,43 @@ def dilated_attention(
 
 
 @constexpr
-def _cell(query, key, value, table, options):
+def _cell(query, key, value, table, options, distributed, name):
     segment_size, dilation_rate, head_offset = options[:3]
     sizes = shared.check_call(LAYER, segment_size, dilation_rate, head_offset)
     shared.check_tensors(LAYER, query, key, value, table)
-    patterns = shared.make_patterns(query[1], query[2], *sizes, head_offset)
-    return _build(patterns, query[0], query[3], table is not None, options[3:])
+    group = current_group(name) if distributed else ALONE
+    shares = shared.make_shares(LAYER, query[1], query[2], *sizes, head_offset, group.size)
+    return _build(shares, group, query[0], query[3], table is not None, options[3:])
 
 
 @functools.lru_cache(maxsize=64)
-def _build(patterns, batch, dim, has_table, options):
-    return _Dilated(patterns, batch, dim, has_table, *options)
-
-
-class _Select(nn.Cell):
-    """Kept (token, head) pairs of each slot, along axis 2. Its gradient is a gather too, not a scatter."""
-
-    def __init__(self, pattern):
-        super().__init__(auto_prefix=False)
-        self.select, self.inverse = _index(pattern.select), _index(pattern.spread)
-
-    def construct(self, x):
-        return _gather(x, self.select, 2)
-
-    def bprop(self, x, out, d_out):
-        return (_spread(d_out, self.inverse, 0.0),)
-
-
-class _Spread(nn.Cell):
-    """The transpose of :class:`_Select`: ``fill`` where nothing is kept."""
-
-    def __init__(self, pattern, fill):
-        super().__init__(auto_prefix=False)
-        self.spread, self.inverse, self.fill = _index(pattern.spread), _index(pattern.select), fill
-
-    def construct(self, x):
-        return _spread(x, self.spread, self.fill)
-
-    def bprop(self, x, out, d_out):
-        return (_gather(d_out, self.inverse, 2),)
-
-
-def _index(numbers):
-    return Tensor(np.asarray(numbers, np.int32))
-
-
-def _spread(x, spread, fill):
-    beyond = _zeros_like(_slice(x, (0, 0, 0, 0), (-1, -1, 1, -1))) + fill
-    return _gather(_join((x, beyond)), spread, 2)
-
-
-def _pad(x, count):
-    """Append ``count`` zero rows to axis 1."""
-    if count == 0:
-        return x
-    return ops.concat((x, ops.zeros((x.shape[0], count, x.shape[2], x.shape[3]), x.dtype)), 1)
-
-
-def _cut(x, count):
-    """The first ``count`` rows of axis 1."""
-    return x if x.shape[1] == count else x[:, :count]
-
-
-class _Sparsify(nn.Cell):
-    """(B, N, H, D) -> (B * segments, slots, H, D): ``core``'s ``sparsify`` with MindSpore's operators."""
-
-    def __init__(self, pattern):
-        super().__init__(auto_prefix=False)
-        self.tail = pattern.segments * pattern.segment - pattern.length
-        self.inner = pattern.slots * pattern.rate - pattern.segment
-        self.segment, self.slots, self.pairs = pattern.segment, pattern.slots, pattern.rate * pattern.heads
-        self.sparse = pattern.rate > 1
-        self.select = _Select(pattern)
-
-    def construct(self, x):
-        heads, dim = x.shape[2], x.shape[3]
-        x = _pad(x, self.tail).reshape((-1, self.segment, heads, dim))
-        x = _pad(x, self.inner)
-        if self.sparse:
-            x = self.select(x.reshape((-1, self.slots, self.pairs, dim)))
-        return x
-
-
-class _Densify(nn.Cell):
-    """The transpose of :class:`_Sparsify`, with ``fill`` where nothing is kept."""
-
-    def __init__(self, pattern, fill):
-        super().__init__(auto_prefix=False)
-        self.length, self.segment = pattern.length, pattern.segment
-        self.padded, self.whole = pattern.slots * pattern.rate, pattern.segments * pattern.segment
-        self.sparse = pattern.rate > 1
-        self.spread = _Spread(pattern, fill)
-
-    def construct(self, x):
-        heads, dim = x.shape[2], x.shape[3]
-        if self.sparse:
-            x = self.spread(x)
-        x = _cut(x.reshape((-1, self.padded, heads, dim)), self.segment)
-        return _cut(x.reshape((-1, self.whole, heads, dim)), self.length)
+def _build(shares, group, batch, dim, has_table, options):
+    return _Dilated(shares, group, batch, dim, has_table, *options)
 
 
 class _Dilated(nn.Cell):
     """``(query, key, value, table) -> (out (B, N, H, D), lse (B, H, N))`` of fixed shapes and options."""
 
-    def __init__(self, patterns, batch, dim, has_table, causal, scale, use_xpos, stop_weight_grad, engine):
+    def __init__(self, shares, group, batch, dim, has_table, causal, scale, use_xpos, stop_weight_grad, engine):
         super().__init__(auto_prefix=False)
-        parts = [_Pattern(p, batch, dim, has_table, causal, scale, use_xpos, engine) for p in patterns]
+        parts = [_Pattern(s, group, batch, dim, has_table, causal, scale, use_xpos, engine) for s in shares]
         self.parts = nn.CellList(parts, auto_prefix=False)
         self.single = len(parts) == 1
         self.stop_weight_grad = stop_weight_grad
 
     def construct(self, query, key, value, table):
+        token = ops.zeros((1,), mstype.float32)  # hands the right to send from pattern to pattern
         if self.single:
-            out, lse = self.parts[0](query, key, value, table)
+            out, lse, token = self.parts[0](query, key, value, table, token)
             total = self.parts[0].densify_lse(lse)
             return self.parts[0].densify(out), total[..., 0].swapaxes(1, 2)
         outs, lses, dense = (), (), ()
         for part in self.parts:
-            out, lse = part(query, key, value, table)
+            out, lse, token = part(query, key, value, table, token)
             outs = outs + (out,)
             lses = lses + (lse,)
             dense = dense + (part.densify_lse(lse),)
-        total, known = _log_sum_exp(dense)
+        total, known = log_sum_exp(dense)
         mixed, index = 0.0, 0
         for part in self.parts:
             weight = ops.exp(lses[index] - part.sparsify(known))
@@ -206,38 +127,38 @@ class _Dilated(nn.Cell):
         return mixed, total[..., 0].swapaxes(1, 2)
 
 
-def _log_sum_exp(parts):
-    """``(total, total with 0 for -inf)`` of the parts; gradient 0 where all are -inf."""
-    peak = parts[0]
-    for part in parts[1:]:
-        peak = ops.maximum(peak, part)
-    alive = ops.stop_gradient(peak) > -3e38
-    peak = ops.where(alive, ops.stop_gradient(peak), ops.zeros_like(peak))
-    total = ops.zeros_like(peak)
-    for part in parts:
-        total = total + ops.exp(part - peak)
-    known = peak + ops.log(ops.where(alive, total, ops.ones_like(total)))
-    return ops.where(alive, known, ops.full_like(known, -float("inf"))), known
-
-
 class _Pattern(nn.Cell):
-    """One pattern: ``(query, key, value, table) -> (out, lse)``, (B * segments, slots, H, D) and (.., 1)."""
+    """One pattern: ``(query, key, value, table, token) -> (out, lse, token)``.
 
-    def __init__(self, pattern, batch, dim, has_table, causal, scale, use_xpos, engine):
+    out is (B * segments, slots, H, D), lse (.., 1).
+    """
+
+    def __init__(self, share, group, batch, dim, has_table, causal, scale, use_xpos, engine):
         super().__init__(auto_prefix=False)
-        self.slots = pattern.slots
-        self.sparsify = _Sparsify(pattern)
-        self.densify, self.densify_lse = _Densify(pattern, 0.0), _Densify(pattern, -float("inf"))
+        pattern, segment = share.local, share.segment
+        self.slots, self.dim = pattern.slots, dim
+        first = group.rank % share.members * pattern.slots  # slot of the first query in its segment
+        self.gather = _Gather(group, share.members) if share.members > 1 else None
+        self.q_offset = first if causal and share.members > 1 else None
+        self.sparsify = Sparsify(pattern)
+        self.densify, self.densify_lse = Densify(pattern, 0.0), Densify(pattern, -float("inf"))
         self.causal, self.scale, self.engine = causal, scale, engine
         self.mask = None
         if shared.needs_mask(pattern, causal):
             self.mask = Tensor(np.tile(pattern.occupied(), (batch, 1, 1))[:, :, None, :])
-        self.ring_index = Tensor(shared.bucket_ring(pattern, causal)) if has_table else None
-        self.has_table = has_table
-        self.tiles = _xpos_constants(pattern, dim, causal) if use_xpos else ()
+        self.ring_index = Tensor(np.roll(shared.bucket_ring(segment, causal), first)) if has_table else None
+        self.has_table, self.tiles = has_table, ()
+        if use_xpos and share.members > 1:
+            shared.check_shared_xpos(LAYER, segment)
+            self.tiles = (_xpos_tile(segment, dim, (first, first + pattern.slots), segment.slots, segment.slots // 2),)
+        elif use_xpos:
+            self.tiles = _xpos_constants(pattern, dim, causal)
 
-    def construct(self, query, key, value, table):
+    def construct(self, query, key, value, table, token):
         query, key, value = self.sparsify(query), self.sparsify(key), self.sparsify(value)
+        if self.gather is not None:
+            pair, token = self.gather(ops.concat((key, value), -1), token)
+            key, value = pair[..., : self.dim], pair[..., self.dim :]
         bias = None
         if self.has_table:
             ring = ops.gather(table, self.ring_index, 0).swapaxes(0, 1)
@@ -246,13 +167,13 @@ class _Pattern(nn.Cell):
             out, lse = self.attend_xpos(query, key, value, bias)
         else:
             out, lse = self.attend(query, key, value, bias)
-        return out, ops.expand_dims(lse.swapaxes(1, 2), -1)
+        return out, ops.expand_dims(lse.swapaxes(1, 2), -1), token
 
     def attend(self, query, key, value, bias):
         """The core call of every segment."""
         return flash_attention(
             query, key, value, bias, self.mask, scale=self.scale, is_causal=self.causal, return_lse=True,
-            engine=self.engine,
+            q_offset=self.q_offset, engine=self.engine,
         )  # fmt: skip
 
     def attend_xpos(self, query, key, value, bias):
@@ -261,9 +182,9 @@ class _Pattern(nn.Cell):
         outs, lses = (), ()
         for first, stop, last, q_cos, q_sin, k_cos, k_sin in self.tiles:
             q = rotate(ops.stack, query[:, first:stop], q_cos, q_sin)
-            k = rotate(ops.stack, _cut(key, last), k_cos, k_sin)
+            k = rotate(ops.stack, cut(key, last), k_cos, k_sin)
             part = None if bias is None else bias[:, :, first:stop, :last]
-            out, lse = self.attend(q, k, _cut(value, last), part)
+            out, lse = self.attend(q, k, cut(value, last), part)
             outs = outs + (out,)
             lses = lses + (lse,)
         if len(outs) == 1:
@@ -271,15 +192,41 @@ class _Pattern(nn.Cell):
         return ops.concat(outs, 1), ops.concat(lses, 2)
 
 
+class _Gather(nn.Cell):
+    """``(pair, token)``: the sparsified keys and values of all ranks that share this one's segment.
+
+    The token orders the messages of several patterns, its gradient those of the backward: ranks must send alike.
+    """
+
+    def __init__(self, group, members):
+        super().__init__(auto_prefix=False)
+        back_end, neighbours = choose(), subgroup(group, members)
+        self.gather, self.scatter = back_end.AllGather(neighbours, 1), back_end.ReduceScatter(neighbours, 1)
+
+    def construct(self, pair, token):
+        gathered = self.gather(depend(pair, token))
+        return gathered, depend(token, gathered)
+
+    def bprop(self, pair, token, out, d_out):
+        d_pair = self.scatter(depend(d_out[0], d_out[1]))
+        return d_pair, depend(d_out[1], d_pair)
+
+
 def _xpos_constants(pattern, dim, causal):
-    """``((first, stop, last key, cos and sin of the queries, of the keys), ...)`` of the pattern's query tiles."""
+    """:func:`_xpos_tile` of each of the pattern's query tiles."""
     tiles = ()
     for first, stop in shared.xpos_tiles(LAYER, pattern, causal):
-        last, centre = stop if causal else pattern.slots, (first + stop) // 2
-        q = shared.slot_tables(pattern, first, stop, centre, dim, False)
-        k = shared.slot_tables(pattern, 0, last, centre, dim, True)
-        tiles += ((first, stop, last) + tuple(Tensor(table.astype(np.float32)) for table in q + k),)
+        last = stop if causal else pattern.slots
+        tiles += ((first, stop) + _xpos_tile(pattern, dim, (first, stop), last, (first + stop) // 2)[2:],)
     return tiles
+
+
+def _xpos_tile(pattern, dim, queries, last, centre):
+    """``(0, queries, keys, cos and sin of the queries, of the keys)`` of the slots ``queries`` and keys before last."""
+    first, stop = queries
+    q = shared.slot_tables(pattern, first, stop, centre, dim, False)
+    k = shared.slot_tables(pattern, 0, last, centre, dim, True)
+    return (0, stop - first, last) + tuple(Tensor(table.astype(np.float32)) for table in q + k)
 
 
 class DilatedAttention(nn.Cell):
@@ -296,11 +243,13 @@ class DilatedAttention(nn.Cell):
             Default: False.
         use_xpos (bool): xPos on queries and keys. Default: False.
         use_rel_pos_bias (bool): T5 bias on the original distances, one table a layer. Default: False.
-        Distributed (bool): must be False in this version. Default: False.
+        Distributed (bool): x holds this rank's tokens of a sequence that the ranks of ``group`` hold in order; the
+            result is that of all. One process alone computes as ever. Default: False.
         dtype: keyword only; of the computation and the output; parameters are float32. Default: float32.
         recompute (bool): keyword only; keep no intermediate of the attention for the backward pass. Default: False.
         head_offset (str), stop_weight_grad (bool): keyword only; as in ``dilated_attention``.
         engine (str): keyword only; None or 'auto' = the best engine here. Default: None.
+        group (str): keyword only; the communication group of ``Distributed``; None = all processes. Default: None.
 
     Inputs:
         - **x** (Tensor) - (B, N, dim), any N.
@@ -331,7 +280,8 @@ class DilatedAttention(nn.Cell):
         d_model=None,
         num_heads=None,
         casual=None,
-        engine=None
+        engine=None,
+        group=None
     ):  # fmt: skip
         super().__init__()
         names = {
@@ -350,10 +300,12 @@ class DilatedAttention(nn.Cell):
         self.to_out = Projection(self.dim, self.dim, dtype=dtype)
         self.rel_pos_bias = _Table(self.heads) if use_rel_pos_bias else None
         self.use_rel_pos_bias = use_rel_pos_bias
-        self.attention = _Attention(sizes, causal, use_xpos, head_offset, stop_weight_grad, engine)
+        distribution = _check_group(Distributed, group)
+        self.attention = _Attention(sizes, causal, use_xpos, head_offset, stop_weight_grad, engine, *distribution)
+        self.rank = current_group(group).rank if Distributed else 0
         if recompute:
             self.attention.recompute()
-        self.drop = nn.Dropout(p=float(dropout)) if dropout else None
+        self.drop = PositionDropout(dropout) if dropout else None
 
     def construct(self, x):
         """Attend; shape and meaning of the input are in the class's documentation."""
@@ -365,7 +317,7 @@ class DilatedAttention(nn.Cell):
             table = self.rel_pos_bias.weight
         out = self.attention(query, key, value, table).reshape(x.shape)
         if self.drop is not None:
-            out = self.drop(out)
+            out = self.drop(out, self.rank * x.shape[1])
         return self.to_out(out)
 
 
@@ -381,8 +333,9 @@ class _Table(nn.Cell):
 class _Attention(nn.Cell):
     """``dilated_attention`` with its options bound: what ``recompute`` applies to."""
 
-    def __init__(self, sizes, causal, use_xpos, head_offset, stop_weight_grad, engine):
+    def __init__(self, sizes, causal, use_xpos, head_offset, stop_weight_grad, engine, distributed, group):
         super().__init__()
+        self.distributed, self.group = distributed, group
         self.sizes, self.causal, self.use_xpos = sizes, causal, use_xpos
         self.head_offset, self.stop_weight_grad, self.engine = head_offset, stop_weight_grad, engine
 
@@ -390,8 +343,15 @@ class _Attention(nn.Cell):
         return dilated_attention(
             query, key, value, self.sizes[0], self.sizes[1], is_causal=self.causal, rel_pos_table=table,
             use_xpos=self.use_xpos, head_offset=self.head_offset, stop_weight_grad=self.stop_weight_grad,
-            engine=self.engine,
+            engine=self.engine, distributed=self.distributed, group=self.group,
         )  # fmt: skip
+
+
+def _check_group(distributed, group):
+    """Raise where a group is given without ``Distributed``; returns both."""
+    if group is not None and not distributed:
+        raise invalid_value("DilatedAttention", "group", "None with Distributed=False", repr(group))
+    return distributed, group
 
 
 @constexpr

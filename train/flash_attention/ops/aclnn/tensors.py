@@ -65,10 +65,11 @@ class Arguments(nn.Cell):
             Tensor(np.full((1, 1, 1, 1), value, np.int32)) for value in (15, 16, 2**17 - 1, 2**16 - 1, _INT_MIN)
         ]
         self.threshold = signed(dropout.threshold(spec.dropout_rate) ^ 0x80000000)
-        column = dropout.col_key(np, np.arange(spec.kv_len)).view(np.int32)
+        first_row, first_head, self.first_query, first_key = spec.origin
+        column = dropout.col_key(np, np.arange(first_key, first_key + spec.kv_len)).view(np.int32)
         self.column = Tensor(column.reshape(1, 1, 1, -1))
-        self.b = Tensor(np.arange(spec.batch, dtype=np.int32).reshape(-1, 1, 1, 1))
-        self.h = Tensor(np.arange(spec.heads, dtype=np.int32).reshape(1, -1, 1, 1))
+        self.b = Tensor(np.arange(first_row, first_row + spec.batch, dtype=np.int32).reshape(-1, 1, 1, 1))
+        self.h = Tensor(np.arange(first_head, first_head + spec.heads, dtype=np.int32).reshape(1, -1, 1, 1))
         order = np.arange(8) if model.DROP_MASK_BITORDER == "little" else np.arange(7, -1, -1)
         self.bits = Tensor((1 << order).astype(np.int32))
 
@@ -161,7 +162,7 @@ class Arguments(nn.Cell):
     def kept(self, first, rows, seed):
         """``core.dropout.keep`` on int32 bits: bool (B, N, rows, Sk)."""
         state = self._mix(ops.reshape(ops.cast(seed, mstype.int32), (1, 1, 1, 1)))
-        for index in (self.b, self.h, self.i[:, :, first : first + rows]):
+        for index in (self.b, self.h, self.i[:, :, first : first + rows] + self.first_query):
             state = self._mix(ops.bitwise_xor(state, (index + 1) * self.golden))
         x = ops.bitwise_xor(state, self.column) * self.m1
         x = ops.bitwise_xor(x, self._shift_right(x, self.n15, self.low15)) * self.m2

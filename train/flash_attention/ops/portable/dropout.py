@@ -3,6 +3,8 @@
 CPU kernels exist for uint32 multiply, xor, shift and compare; constants and column keys come from ``core.dropout``.
 """
 
+from collections import namedtuple
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
@@ -13,6 +15,7 @@ from flash_attention.core import dropout
 from flash_attention.ops.host import HostFunction
 from flash_attention.ops.portable.scores import cast, ones_like, reshape, take_columns, take_rows
 
+_Rows = namedtuple("_Rows", "first rows key keys")  # what RowKeep reads of a row tile
 _xor = P.BitwiseXor()
 _shift = P.RightShift()
 
@@ -42,13 +45,15 @@ class RowKeys(nn.Cell):
         super().__init__(auto_prefix=False)
         self.mix = Mix()
         self.golden, self.one = _u32(dropout._GOLDEN), _u32(1)
-        self.h = Tensor(np.arange(spec.heads, dtype=np.uint32).reshape(1, -1, 1, 1))
-        self.i = Tensor(np.arange(spec.q_len, dtype=np.uint32).reshape(1, 1, -1, 1))
+        first_row, first_head, first_query, _ = spec.origin
+        self.first_row = float(first_row)
+        self.h = Tensor(np.arange(first_head, first_head + spec.heads, dtype=np.uint32).reshape(1, -1, 1, 1))
+        self.i = Tensor(np.arange(first_query, first_query + spec.q_len, dtype=np.uint32).reshape(1, 1, -1, 1))
 
     def construct(self, query, seed):
         # The batch may be known only at run time: its indices are a running count of ones.
         ones = ones_like(cast(take_columns(take_rows(query, 0, 1), 0, 1), mstype.float32))[:, :1]
-        b = cast(P.CumSum()(ones, 0) - 1.0, mstype.uint32)
+        b = cast(P.CumSum()(ones, 0) + (self.first_row - 1.0), mstype.uint32)
         state = self.mix(reshape(cast(seed, mstype.uint32), (1, 1, 1, 1)))
         for index in (b, self.h, self.i):
             state = self.mix(_xor(state, (index + self.one) * self.golden))
@@ -64,7 +69,8 @@ class RowKeep(nn.Cell):
 
     def __init__(self, spec, row):
         super().__init__(auto_prefix=False)
-        column = dropout.col_key(np, np.arange(row.key, row.key + row.keys)).reshape(1, -1)
+        first = spec.origin[3] + row.key
+        column = dropout.col_key(np, np.arange(first, first + row.keys)).reshape(1, -1)
         self.column = Tensor(column[None, None])
         self.s15 = _u32(15)
         self.m1, self.m2 = _u32(dropout._M1), _u32(dropout._M2)
@@ -89,6 +95,18 @@ class RowKeep(nn.Cell):
         x = _xor(x, _shift(x, self.s15)) * self.m2
         kept = cast(P.GreaterEqual()(x, self.threshold), mstype.float32) * self.factor
         return reshape(kept, self.shape)
+
+
+class KeepFactors(nn.Cell):
+    """``(x, seed)`` -> keep factors of a whole call, fp32 (B, N, Sq, Sk); of x (B, ...) only the batch matters."""
+
+    def __init__(self, spec):
+        super().__init__(auto_prefix=False)
+        self.keys, self.keep = RowKeys(spec), RowKeep(spec, _Rows(0, spec.q_len, 0, spec.kv_len))
+        self.shape = (-1, spec.heads, spec.q_len, spec.kv_len)
+
+    def construct(self, x, seed):
+        return reshape(self.keep(self.keys(x, seed)), self.shape)
 
 
 def host_keep(row_keys, column, rate):

@@ -9,11 +9,12 @@ from mindspore.ops import operations as P
 from flash_attention.ascend.backward_arguments import KEPT
 from flash_attention.ascend.entry.request import BACKWARD, FORWARD, KernelRequest
 from flash_attention.ascend.geometry import Geometry
+from flash_attention.core.sharding import share
 from flash_attention.ops.autograd import AttentionCell, DifferentiableEngine
 from flash_attention.ops.tik.backward_operands import BiasGradient, QueryColumns, Scaled, SlopeGradient
 from flash_attention.ops.tik.custom import custom_operator
 from flash_attention.ops.tik.operands import TileOperands, constant_tensors
-from flash_attention.ops.tik.sharding import share, split
+from flash_attention.ops.tik.sharding import split
 
 SPLITTING = ("semi_auto_parallel", "auto_parallel")
 """Parallel modes in which an operator's strategy is heeded."""

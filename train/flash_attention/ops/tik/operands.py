@@ -4,8 +4,6 @@ Query, key and value need nothing: the framework itself converts them to FRACTAL
 dropout's keep mask; tables and bounds depend on no tensor and are constants, made once a spec by ``ascend/host.py``.
 """
 
-from collections import namedtuple
-
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
@@ -14,9 +12,7 @@ from mindspore.ops import operations as P
 from flash_attention.ascend.host import compact_places
 from flash_attention.ascend.signature import mask_axes, tile_axes
 from flash_attention.ascend.tile_ops.masks import DISCARD
-from flash_attention.ops.portable.dropout import RowKeep, RowKeys
-
-_AllRows = namedtuple("_AllRows", "first rows key keys")  # the row tile that RowKeep is asked for: everything
+from flash_attention.ops.portable.dropout import KeepFactors
 
 
 class PackTiles(nn.Cell):
@@ -93,15 +89,12 @@ class PackKeep(nn.Cell):
         super().__init__(auto_prefix=False)
         spec = geometry.spec
         shape = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
-        self.keys = RowKeys(spec)
-        self.factors = RowKeep(spec, _AllRows(0, spec.q_len, 0, spec.kv_len))
+        self.factors = KeepFactors(spec)
         self.pack = PackTiles(shape, tile_axes(geometry, shape))
-        self.shape = shape
-        self.reshape, self.cast, self.greater = P.Reshape(), P.Cast(), P.Greater()
+        self.cast, self.greater = P.Cast(), P.Greater()
 
     def construct(self, query, seed):
-        factors = self.reshape(self.factors(self.keys(query, seed)), self.shape)
-        kept = self.pack(self.cast(self.greater(factors, 0.0), mstype.float16))
+        kept = self.pack(self.cast(self.greater(self.factors(query, seed), 0.0), mstype.float16))
         return self.cast(kept, mstype.uint8)
 
 

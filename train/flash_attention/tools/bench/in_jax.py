@@ -39,13 +39,18 @@ def build(case, direction, candidate, arrays):
 
 
 def compile_seconds(case, direction, candidate):
-    """Seconds to trace, lower and compile; no array of the case's size exists, so any length can be asked."""
+    """Seconds to trace, lower and compile, see :func:`compile_only`."""
+    begin = time.perf_counter()
+    compile_only(case, direction, candidate)
+    return time.perf_counter() - begin
+
+
+def compile_only(case, direction, candidate):
+    """Compile the call; no array of the case's size exists, so any length can be asked."""
     spec = case.spec()
     q = jax.ShapeDtypeStruct((spec.batch, spec.q_len, spec.heads, spec.head_dim), case.dtype)
     kv = jax.ShapeDtypeStruct((spec.batch, spec.kv_len, spec.kv_heads, spec.head_dim), case.dtype)
-    begin = time.perf_counter()
     jax.jit(_function(case, direction, candidate)).lower(q, kv, kv, q).compile()
-    return time.perf_counter() - begin
 
 
 def _bsnd(x):

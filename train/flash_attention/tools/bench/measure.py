@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 
+from flash_attention.tools.bench.distance import Cores
 from flash_attention.tools.machine import installed
 
 _SHORT_CALL = 0.05  # seconds; shorter calls are repeated within a turn until they fill this
@@ -132,20 +133,22 @@ class Pool:
         self.workers.clear()
 
 
-def time_job(pool, job, budget=8.0, most_rounds=15):
+def time_job(pool, job, budget=8.0, most_rounds=15, cores=None):
     """Time the entries of a job in interleaved rounds.
 
     Args:
         pool: :class:`Pool`; job: :class:`~flash_attention.tools.bench.registry.Job`.
         budget: seconds the rounds should take; at least 3 rounds are run, 1 where a round takes over 60 s.
+        cores: :class:`~flash_attention.tools.bench.distance.Cores`: rounds in which they are far apart are repeated.
 
     Returns:
-        ``{label: {"median_s", "times", "first_s", "error"} or {"failed"}}``.
+        ``{label: {"median_s", "times", "first_s", "error", "far_rounds"} or {"failed"}}``; ``far_rounds`` of the times
+        were measured while the cores were far apart, because there were too few others.
     """
     failed = {}
     while True:
         try:
-            return dict(_interleaved(pool, job, failed, budget, most_rounds), **failed)
+            return dict(_interleaved(pool, job, failed, budget, most_rounds, cores or Cores(lambda: None)), **failed)
         except _EntryDied as death:  # the others of that process are prepared again, without this one
             failed[death.label] = {"failed": str(death)}
         finally:
@@ -165,7 +168,7 @@ def _ask(pool, entry, command, **fields):
         raise _EntryDied(entry.label, str(death)) from death
 
 
-def _interleaved(pool, job, failed, budget, most_rounds):
+def _interleaved(pool, job, failed, budget, most_rounds, cores):
     found = {}
     for entry in job.entries:
         if entry.label not in failed:
@@ -174,23 +177,42 @@ def _interleaved(pool, job, failed, budget, most_rounds):
             except Failed as reason:
                 failed[entry.label] = {"failed": str(reason)}
     entries = [entry for entry in job.entries if entry.label in found]
-    repeats = {label: int(math.ceil(_SHORT_CALL / max(x["second_s"], 1e-6))) for label, x in found.items()}
-    one_round = sum(max(x["second_s"], _SHORT_CALL) for x in found.values())
-    rounds = 1 if one_round > 60 else int(min(most_rounds, max(3, budget / max(one_round, 1e-6))))
-    times = {label: [] for label in found}
-    for number in range(rounds):
-        turn = number % max(len(entries), 1)
-        for entry in entries[turn:] + entries[:turn]:
-            times[entry.label].append(_ask(pool, entry, "time", repeats=repeats[entry.label])["seconds"])
+    rounds, far = _rounds(pool, entries, found, _round_count(found, budget, most_rounds), cores)
     for entry in entries:
         result = found[entry.label]
         result.pop("second_s")
-        result.update(median_s=median(times[entry.label]), times=[float("%.5g" % t) for t in times[entry.label]])
+        times = [times[entry.label] for times in rounds]
+        result.update(median_s=median(times), times=[float("%.5g" % t) for t in times], far_rounds=far)
         try:
             result.update(_ask(pool, entry, "error"))
         except Failed as reason:
             result["error_failed"] = str(reason)
     return found
+
+
+def _round_count(found, budget, most_rounds):
+    one_round = sum(max(x["second_s"], _SHORT_CALL) for x in found.values())
+    return 1 if one_round > 60 else int(min(most_rounds, max(3, budget / max(one_round, 1e-6))))
+
+
+def _rounds(pool, entries, found, count, cores):
+    """``count`` rounds ``{label: seconds}``, each beginning with another entry, and how many of them were far.
+
+    A round is far when the cores were far apart before or after it. Twice as many rounds are run at most; far ones
+    count only where fewer than three (or ``count``) others remain.
+    """
+    repeats = {label: int(math.ceil(_SHORT_CALL / max(x["second_s"], 1e-6))) for label, x in found.items()}
+    near, far = [], []
+    while entries and len(near) < count and len(near) + len(far) < 2 * count:
+        turn = (len(near) + len(far)) % len(entries)
+        was_near = cores.wait()
+        times = {
+            entry.label: _ask(pool, entry, "time", repeats=repeats[entry.label])["seconds"]
+            for entry in entries[turn:] + entries[:turn]
+        }
+        (near if was_near and cores.near() else far).append(times)
+    missing = max(0, min(3, count) - len(near))
+    return near + far[:missing], len(far[:missing])
 
 
 def fresh_job(job, command):

@@ -1,12 +1,14 @@
 """`python -m flash_attention bench [NAME ...]`: run benchmarks, resume unfinished ones, print and save the tables."""
 
 import datetime
+import glob
 import json
 import os
 import time
 
 from flash_attention.tools import machine
 from flash_attention.tools.bench import limits, registry, report
+from flash_attention.tools.bench.distance import Cores
 from flash_attention.tools.bench.measure import Pool, fresh_job, time_job
 from flash_attention.tools.table import format_table, progress
 
@@ -17,11 +19,18 @@ def add_arguments(parser):
     """Names and where the results go."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all); see --list")
     parser.add_argument("--list", action="store_true", help="list the benchmarks")
+    parser.add_argument(
+        "--integration", action="store_true", help="run the benchmarks of the model library that is installed here"
+    )
     out = os.path.join("docs", "benchmarks")
     parser.add_argument("--out", default=out, metavar="DIR", help="folder of the results (default {})".format(out))
     parser.add_argument("--minutes", type=float, default=20.0, help="start no job of a NAME after this (default 20)")
     parser.add_argument("--fresh", action="store_true", help="measure again what an interrupted run has finished")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two jobs a NAME: shows that it runs, no more")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="SECONDS",
+        help="how long a NAME may wait for a virtual machine's cores to share a cache again (default 0)",
+    )  # fmt: skip
     parser.add_argument("--plot", action="store_true", help="also draw a PNG (matplotlib)")
 
 
@@ -34,8 +43,17 @@ def run(args):
     unknown = [name for name in args.names if name not in benchmarks]
     if unknown:
         args.parser.error("NAME must be one of {}, but got {}.".format(", ".join(benchmarks), ", ".join(unknown)))
+    if machine.idle_cores():
+        print("This machine: {}".format(machine.idle_cores()))
+    names = args.names or [name for name, benchmark in benchmarks.items() if benchmark.library is None]
+    if args.integration:
+        names = [name for name, benchmark in benchmarks.items() if benchmark.library and machine.installed(name)]
+        if args.names or not names:
+            args.parser.error(
+                "--integration needs a model library and no NAME; `bash build.sh bench --integration` installs them."
+            )
     code = 0
-    for name in args.names or benchmarks:
+    for name in names:
         code = max(code, run_one(benchmarks[name], args))
     return code
 
@@ -47,13 +65,16 @@ def run_one(benchmark, args):
     path = os.path.join(args.out, "{}-{}{}.json".format(benchmark.name, machine.cpu_class(), suffix))
     stamp = {"versions": machine.versions(), "source": machine.source_digest(benchmark.sources)}
     partial = Partial(path + ".partial", stamp, fresh=args.fresh or args.quick)
-    pool = Pool()
+    pool, cores = Pool(), Cores(nearest=nearest_round_trip(args.out), patience=args.wait)
     try:
         if "limits" not in partial.content:
+            cores.wait()
             partial.keep("limits", limits.measure(pool, benchmark.frameworks))
-        done = run_jobs(jobs, partial, pool, benchmark, args)
+        done = run_jobs(jobs, partial, pool, benchmark, args, cores)
     finally:
         pool.close()
+    if cores.nearest is not None:
+        partial.keep("limits", dict(partial.content["limits"], cores={"round_trip_ns": cores.nearest}))
     document = document_of(benchmark, jobs, partial.content)
     print("\n{} ({}), CPU class {}".format(benchmark.name, document["date"], document["cpu_class"]))
     print(format_table(["limit"] + sorted(document["limits"]), _limit_rows(document["limits"])))
@@ -72,7 +93,7 @@ def run_one(benchmark, args):
     return 0
 
 
-def run_jobs(jobs, partial, pool, benchmark, args):
+def run_jobs(jobs, partial, pool, benchmark, args, cores):
     """Measure the jobs that ``partial`` lacks; False when the time ran out before the last one."""
     end = time.monotonic() + 60 * args.minutes
     bar = progress(len(jobs), benchmark.name)
@@ -82,17 +103,28 @@ def run_jobs(jobs, partial, pool, benchmark, args):
                 if time.monotonic() > end:
                     return False
                 bar.set_postfix_str(job.id)
-                partial.keep_job(job.id, measure_job(pool, job, benchmark.budget, args.quick))
+                partial.keep_job(job.id, measure_job(pool, job, benchmark.budget, cores, args.quick))
             bar.update()
     finally:
         bar.close()
     return True
 
 
-def measure_job(pool, job, budget, quick=False):
+def nearest_round_trip(folder):
+    """The shortest round trip between two cores in earlier results from this processor, or None."""
+    found = []
+    for path in glob.glob(os.path.join(folder, "*-{}.json".format(machine.cpu_class()))):
+        with open(path, encoding="utf-8") as stream:
+            document = json.load(stream)
+        if document.get("cpu") == machine.cpu_name() and "cores" in document["limits"]:
+            found.append(document["limits"]["cores"]["round_trip_ns"])
+    return min(found, default=None)
+
+
+def measure_job(pool, job, budget, cores, quick=False):
     """``{label: result}`` of one job."""
     if job.kind == "time":
-        return time_job(pool, job, budget=0.0 if quick else budget)
+        return time_job(pool, job, budget=0.0 if quick else budget, cores=cores)
     return fresh_job(job, job.kind)
 
 
@@ -115,11 +147,12 @@ def document_of(benchmark, jobs, content):
         "source": content["stamp"]["source"],
         "cpu": machine.cpu_name(),
         "cpu_class": where["cpu_class"],
+        "idle_cores": machine.idle_cores(),
         "limits": content["limits"],
         "rows": report.rows_of(jobs, content["jobs"]),
         "figures": [figure for figure in figures if figure["value"] is not None],
         "not_measured": [figure for figure in figures if figure["value"] is None],
-        "command": "bash build.sh bench {}".format(benchmark.name),
+        "command": "bash build.sh bench {}".format("--integration" if benchmark.library else benchmark.name),
     }
 
 

@@ -55,4 +55,49 @@ def _dilated_figures(results, machine):
 
 
 _FRAMEWORKS = ("jax", "mindspore")
+
+# --- blockwise attention in chunks of 512, beside the dense formula ---------------------------------------------------
+
+_CHUNKED = (2048, 8192)
+_LONG = 16384  # the dense formula would hold 2 GB of scores
+
+
+def _blockwise_jobs():
+    jobs = []
+    for way in ("fwd", "fwd+bwd"):
+        for length in _CHUNKED:
+            entries = tuple(Entry("JAX " + name, "jax", name, _case(length)) for name in ("blockwise", "naive"))
+            if length == _CHUNKED[0]:
+                entries += (Entry("MindSpore blockwise", "mindspore", "blockwise", _case(length)),)
+            jobs.append(Job("S{}".format(length), way, entries, base="JAX naive"))
+        for length in (_CHUNKED[-1], _LONG):
+            names = ("blockwise", "naive") if length == _CHUNKED[-1] else ("blockwise",)
+            entries = tuple(Entry("JAX " + name, "jax", name, _case(length)) for name in names)
+            jobs.append(Job("S{}".format(length), way, entries, "memory"))
+    return jobs
+
+
+def _blockwise_figures(results, machine):
+    del machine
+    figures = []
+    last, longer = ("S{}".format(length) for length in (_CHUNKED[-1], _LONG))
+    for way in ("fwd", "fwd+bwd"):
+        gain = results.ratio(last, way, "JAX naive", "JAX blockwise")
+        figures.append(
+            at_least("blockwise {}: gain over the dense formula at S={:,}".format(way, _CHUNKED[-1]), gain, 1.5)
+        )
+        extra = [results.value(key, way, "JAX blockwise", "extra_bytes", "memory") for key in (last, longer)]
+        dense = results.value(last, way, "JAX naive", "extra_bytes", "memory")
+        growth = "blockwise {}: extra memory, S={:,} / S={:,}".format(way, _LONG, _CHUNKED[-1])
+        figures.append(at_most(growth, quotient(extra[1], extra[0]), 2.5))
+        name = "blockwise {}: extra memory, share of the dense formula's at S={:,}".format(way, _CHUNKED[-1])
+        figures.append(at_most(name, quotient(extra[0], dense), 0.25))
+    return figures
+
+
+register(
+    Benchmark(
+        "blockwise", "chunked attention beside the dense formula", _blockwise_jobs, _blockwise_figures, _FRAMEWORKS
+    )
+)
 register(Benchmark("dilated", "LongNet's mixture to S=1,048,576", _dilated_jobs, _dilated_figures, _FRAMEWORKS, 20.0))

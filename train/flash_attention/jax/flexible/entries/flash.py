@@ -3,7 +3,7 @@
 'flash_attn2', 'blockwise', 'triangle', 'local', 'autoregressive'; over a mesh also 'ring' and 'ulysses'.
 """
 
-from flash_attention.core.errors import Reason
+from flash_attention.core.registry import local_refusal, triangle_refusal
 from flash_attention.jax import distributed
 from flash_attention.jax.flexible.partition import AUTOREGRESSIVE, INSERT, TRAIN
 from flash_attention.jax.flexible.registry import AttentionImpl, AttentionRegistry, output_of
@@ -77,12 +77,7 @@ class Triangle(FlashAttention2):
     names = "triangle"
 
     def supports(self, query, key, value, arguments):
-        if not arguments.get("is_causal"):
-            return Reason("causal", False, "True (it computes the lower triangle)", "Use 'flash_attn2'.")
-        if query.shape[1] != key.shape[1]:
-            lengths = "{} and {}".format(query.shape[1], key.shape[1])
-            return Reason("sequence length", lengths, "equal for queries and keys", "Use 'flash_attn2'.")
-        return None
+        return triangle_refusal(bool(arguments.get("is_causal")), query.shape[1], key.shape[1])
 
 
 @AttentionRegistry.register
@@ -92,10 +87,7 @@ class Local(FlashAttention2):
     names = "local"
 
     def supports(self, query, key, value, arguments):
-        if not {"local_window_size", "prev_block_num", "next_block_num"} & set(arguments):
-            need = "given, or prev_block_num or next_block_num"
-            return Reason("local_window_size", None, need, "Use 'flash_attn2' for attention without a window.")
-        return None
+        return local_refusal(arguments)
 
 
 @AttentionRegistry.register
