@@ -4,8 +4,9 @@ The call's kernel is built as for the device and walked without data (``Tik.coun
 to a few key tiles, one alone and two in a row. Their schedules give, by least squares of relative errors, ``time of a
 core = a0 + a1 * tasks + b * visited tile pairs``; the split of the tasks over the cores, the one that the kernel is
 launched with, gives tasks and pairs of each core. The line holds within 5% where tasks are alike, as in calls of
-thousands of tokens. In short calls a ragged task, or a tile with a bound, is a large share of a sample: there a single
-task is off by up to 15%, but the sum over a core by 3% at most (test_ascend_cost.py prints both).
+thousands of tokens in whole tiles. In short calls, and where lengths end inside a tile, a tile with a bound is a large
+share of a short sample: there a single task is off by up to 15%, but the sum over a core by 4% at most
+(test_ascend_cost.py prints both).
 
 The rates are those of :class:`~flash_attention.ascend.simulator.chips.Rates`, with their sources; :data:`SCENARIOS`
 vary what is assumed.
