@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -150,6 +151,19 @@ def test_plan_predicts_the_ascend_kernels(capsys):
         assert "{:.3f} ms, {:.0f} TFLOPS".format(1e3 * got.seconds, got.tflops) in text
     assert all(scenario.name in text for scenario in cost.SCENARIOS)
     assert "not measured on a device" in text
+
+
+def test_plan_shows_what_the_auto_strategy_chose_from(capsys):
+    """One line a kernel that has a choice; strategies that leave none print no such line."""
+    assert cli.main(ASCEND) == 0
+    assert "chose" not in capsys.readouterr().out
+    assert cli.main(ASCEND + ["--strategy", "auto"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "chose" in line]
+    assert len(lines) == 2  # forward and backward
+    for line in lines:
+        times = [float(time) for time in re.findall(r"([0-9.]+) ms", line)]
+        assert line.startswith("strategy 'auto' chose the first of ") and len(times) == 2
+        assert times == sorted(times)
 
 
 def test_plan_draws_the_ascend_kernels(tmp_path, monkeypatch):
