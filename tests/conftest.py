@@ -70,6 +70,8 @@ FRAMEWORK_OF = {
     "flash_attention.jax": "jax",
     "mindformers": "mindformers",
     "mindone": "mindone",
+    "flash_attention_infer.nn": "mindspore",
+    "flash_attention_infer.jax": "jax",
 }
 
 
