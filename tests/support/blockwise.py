@@ -144,6 +144,9 @@ class Attention:
             self.forward(draws(PLAIN)[0][:3], **change)
 
     def test_refuses_shapes(self):
+        self.check_refused_shapes()
+
+    def check_refused_shapes(self):
         q, k, v, _ = draws(PLAIN)[0]
         for tensors, match in (
             ([q, k[:, :, :2], v], "'key' must be of shape \\(B, N, H, D\\)"),
@@ -178,6 +181,9 @@ class Loss:
         pytest.param(18, "chunk_mean", marks=pytest.mark.slow),
     ])  # fmt: skip
     def test_equals_the_plain_mean(self, size, reduction):
+        self.check_mean(size, reduction)
+
+    def check_mean(self, size, reduction):
         want = shared.cross_entropy(LOGITS, TOKENS, VALID, size, reduction)
         loss, accuracy, (grad,) = self.loss(LOGITS, TOKENS, VALID, chunk_size=size, reduction=reduction)
         np.testing.assert_allclose([loss, accuracy], want[:2], rtol=1e-5)
@@ -187,6 +193,9 @@ class Loss:
             np.testing.assert_allclose(want[:2], token_mean[:2], rtol=1e-12)
 
     def test_fused_equals_the_plain_mean(self):
+        self.check_fused()
+
+    def check_fused(self):
         want = shared.cross_entropy(FUSED, TOKENS, VALID)
         loss, accuracy, (d_hidden, d_weight, d_bias) = self.fused(HIDDEN, WEIGHT, TOKENS, VALID, BIAS, chunk_size=4)
         np.testing.assert_allclose([loss, accuracy], want[:2], rtol=1e-5)
@@ -199,6 +208,9 @@ class Loss:
 
     @pytest.mark.slow
     def test_nothing_valid(self):
+        self.check_nothing_valid()
+
+    def check_nothing_valid(self):
         for found in (
             self.loss(LOGITS, TOKENS, np.zeros_like(VALID), chunk_size=4),
             self.fused(HIDDEN, WEIGHT, TOKENS, np.zeros_like(VALID), BIAS, chunk_size=4),

@@ -75,15 +75,15 @@ def assert_differs(got, want, bound=RELATIVE["float32"], times=100):
     assert far["logits"] > times and np.mean([x > times for x in far.values()]) > 0.5, far
 
 
-def train(model, loss_of, steps=20, learning_rate=1e-3):
-    """Losses of AdamW steps; `loss_of(step)`."""
+def train(model, loss_of, batches, learning_rate=1e-3):
+    """Losses of AdamW steps, one a batch; `loss_of(batch)`."""
     model.set_train(True)
     parameters = model.trainable_params()
     optimizer = nn.AdamWeightDecay(parameters, learning_rate)
     gradients_of = ms.value_and_grad(loss_of, None, parameters)
     losses = []
-    for step in range(steps):
-        loss, gradients = gradients_of(step)
+    for batch in batches:
+        loss, gradients = gradients_of(batch)
         optimizer(gradients)
         losses.append(float(loss.asnumpy().ravel()[0]))
     return np.array(losses)

@@ -46,8 +46,7 @@ def _layer_norm_layer(self, x):
     return _layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-def _dropout(x, p=0.5, training=True, inplace=False):
-    del inplace
+def _dropout(x, p=0.5, training=True):
     return ops.dropout(x, p, training) if training and p else x
 
 

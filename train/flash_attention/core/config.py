@@ -102,7 +102,9 @@ class CellConfig:
         """
         shape, size = tuple(mask.shape), self.block_size
         if "int" not in mask.dtype and mask.dtype != "bool" and mask.dtype not in FLOATS:
-            raise invalid_type(LAYER, "attention_mask", "a bool, int or float tensor (non-zero = discard)", mask.dtype)
+            raise invalid_type(
+                self.layer, "attention_mask", "a bool, int or float tensor (non-zero = discard)", mask.dtype
+            )
         batches, head_counts = {1, batch}, {1, heads}
         whole = {
             2: lambda: (1, 1),
@@ -112,7 +114,7 @@ class CellConfig:
         if whole is not None and shape[-2:] == (q_len, kv_len):
             if whole[0] != 1 and not self.have_attention_mask_batch:
                 raise invalid_value(
-                    LAYER,
+                    self.layer,
                     "attention_mask",
                     "of batch size 1 when have_attention_mask_batch=False",
                     "shape {}".format(shape),
@@ -122,7 +124,7 @@ class CellConfig:
         if shape in ((size, size), (1, size, size)):
             if q_len != kv_len:
                 raise invalid_value(
-                    LAYER,
+                    self.layer,
                     "attention_mask",
                     "of shape ({}, {}) when the query and key lengths differ".format(q_len, kv_len),
                     "the compact shape {}".format(shape),
@@ -130,7 +132,7 @@ class CellConfig:
                 )
             return (size, size)
         raise invalid_value(
-            LAYER,
+            self.layer,
             "attention_mask",
             "of shape ({q}, {k}), (1|{b}, {q}, {k}), (1|{b}, 1|{n}, {q}, {k}) or compact ({t}, {t})".format(
                 q=q_len, k=kv_len, b=batch, n=heads, t=size
@@ -142,15 +144,15 @@ class CellConfig:
         """Raise unless ``alibi_mask`` (a ``TensorInfo``) is allowed and of shape (1|B, N, 1|Sq, Sk)."""
         if not self.alibi:
             raise invalid_value(
-                LAYER, "alibi_mask", "None when alibi=False", "a tensor", "Construct the Cell with alibi=True."
+                self.layer, "alibi_mask", "None when alibi=False", "a tensor", "Construct the Cell with alibi=True."
             )
         if alibi_mask.dtype not in FLOATS:
-            raise invalid_type(LAYER, "alibi_mask", "a float tensor", alibi_mask.dtype)
+            raise invalid_type(self.layer, "alibi_mask", "a float tensor", alibi_mask.dtype)
         shape = tuple(alibi_mask.shape)
         good = len(shape) == 4 and (shape[0] in (1, batch) or batch == -1)
         if not (good and shape[1] == heads and shape[2] in (1, q_len) and shape[3] == kv_len):
             raise invalid_value(
-                LAYER,
+                self.layer,
                 "alibi_mask",
                 "of shape (1|{}, {}, 1|{}, {})".format(batch, heads, q_len, kv_len),
                 "shape {}".format(shape),

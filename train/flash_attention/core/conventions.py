@@ -121,6 +121,8 @@ CALLS = (
         _BLOCK_MASKS,
         _SAME + ", or a cache",
     ),
+    Call("flash_attention.nn.ConditionalRoutedAttention", "x (B,S,E)", "mask", KEEP, "(B,S)", "none"),
+    Call("flash_attention.jax.ConditionalRoutedAttention", "x (B,S,E)", "mask", KEEP, "(B,S)", "none"),
     Call("flash_attention.nn.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
     Call("flash_attention.jax.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
     Call("flash_attention.nn.TriangleAttention", "BNSD", "attention_mask", DISCARD, "(1|B,S,S)", _SAME),

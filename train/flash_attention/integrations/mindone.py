@@ -92,9 +92,9 @@ def _window(tokens):
 
 
 @constexpr(check=False)
-def refuse(**given):
-    """Raise for the first of the arguments that is neither None nor False."""
-    for name, value in given.items():
+def refuse(names, values):
+    """Raise for the first of the arguments ``names`` whose value is neither None nor False."""
+    for name, value in zip(names, values):
         if value is not None and value is not False:
             remedy = _NO_WEIGHTS if name in ("output_attentions", "head_mask") else _PACKED
             raise Reason(name, "True" if value is True else "a value", "None or False", remedy).error(LAYER)
@@ -122,10 +122,8 @@ def registered(engine):
         **others
     ):  # fmt: skip
         refuse(
-            output_attentions=output_attentions,
-            head_mask=head_mask is not None,
-            cu_seq_lens_q=cu_seq_lens_q is not None,
-            cu_seq_lens_k=cu_seq_lens_k is not None,
+            ("output_attentions", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"),
+            (output_attentions, head_mask is not None, cu_seq_lens_q is not None, cu_seq_lens_k is not None),
         )
         _refuse_unknown(tuple([name for name in others if name not in _DONE and others[name] is not None]))
         whole = attention_mask is not None and attention_mask.ndim == 4

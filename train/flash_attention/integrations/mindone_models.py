@@ -29,7 +29,7 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
     engine = None
 
     def _attn(self, query, key, value, attention_mask=None, head_mask=None):
-        refuse(head_mask=head_mask is not None)
+        refuse(("head_mask",), (head_mask is not None,))
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         if self.scale_attn_by_inverse_layer_idx:
             scale = scale / (self.layer_idx + 1)
@@ -50,7 +50,7 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
     def construct(self, hidden_states, layer_past=None, attention_mask=None, head_mask=None, encoder_hidden_states=None,
                   encoder_attention_mask=None, use_cache=False, output_attentions=False):  # fmt: skip
         """As the library's, which calls ``_attn``; the weights cannot be asked for."""
-        refuse(output_attentions=output_attentions)
+        refuse(("output_attentions",), (output_attentions,))
         return super().construct(
             hidden_states,
             layer_past,
@@ -103,7 +103,7 @@ class FalconAttention(modeling_falcon.FalconAttention):
     def construct(self, hidden_states, alibi, attention_mask, position_ids=None, layer_past=None, head_mask=None,
                   use_cache=False, output_attentions=False, cache_position=None, position_embeddings=None):  # fmt: skip
         """``(output, layer_past)``."""
-        refuse(output_attentions=output_attentions, head_mask=head_mask is not None)
+        refuse(("output_attentions", "head_mask"), (output_attentions, head_mask is not None))
         batch, length = hidden_states.shape[:2]
         query, key, value = (x.swapaxes(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
         rotary = {}
@@ -136,11 +136,8 @@ class BloomAttention(modeling_bloom.BloomAttention):
     def construct(self, hidden_states, residual, alibi, attention_mask, layer_past=None, head_mask=None,
                   use_cache=False, output_attentions=False, cache_position=None):  # fmt: skip
         """``(output, layer_past)``."""
-        refuse(
-            output_attentions=output_attentions,
-            head_mask=head_mask is not None,
-            slow_but_exact=self.slow_but_exact and self.pretraining_tp > 1,
-        )
+        exact = self.slow_but_exact and self.pretraining_tp > 1
+        refuse(("output_attentions", "head_mask", "slow_but_exact"), (output_attentions, head_mask is not None, exact))
         batch, length = hidden_states.shape[:2]
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         if layer_past is not None:

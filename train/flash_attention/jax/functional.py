@@ -127,16 +127,18 @@ def call_of(q_offset=None, **arguments):
     return operands, Options(q_offset=q_offset, **arguments)
 
 
-def attend(layer, query, key, value, operands, options, implementation=None):
+def attend(layer, query, key, value, operands, options, implementation=None, wide=False):
     """The call behind both front ends: batched tensors in ``options.layout``, ``(out, lse (B, N, T))`` out.
 
     Args:
         layer: name used in error messages.
         operands: :class:`Operands` as the user gave them (lengths and seed may be ints).
         options: :class:`Options`.
+        wide: the output stays float32 whatever the inputs are: a part that is to be merged.
     """
     _check_devices(layer, query, key, value)
     spec, operands = prepare(layer, query, key, value, operands, options)
+    spec = replace(spec, wide=wide)
     engine = ENGINES.choose(spec, implementation, layer)
     arrays = (jnp.asarray(x) for x in (query, key, value))
     return _run(engine.name, spec, options.layout, *arrays, operands)

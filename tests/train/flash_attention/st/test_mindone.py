@@ -158,8 +158,11 @@ def test_twenty_steps_track_each_other(which):
     with integration.enable(NAME):
         for attention in ("eager", NAME):
             model = build(which, attention)
-            losses.append(train(model, lambda step, m=model: m(input_ids=batches[step], labels=batches[step],
-                                                               return_dict=False)[0]))  # fmt: skip
+
+            def loss_of(ids, model=model):
+                return model(input_ids=ids, labels=ids, return_dict=False)[0]
+
+            losses.append(train(model, loss_of, batches))
     assert losses[0][-1] < losses[0][0] - 0.1
     assert np.abs(losses[1] - losses[0]).max() < 1e-4 * losses[0][0], losses
 

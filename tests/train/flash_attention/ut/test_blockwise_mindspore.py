@@ -74,8 +74,8 @@ def test_attention_in_a_graph(case):
 
 @pytest.mark.slow
 def test_graph_refuses_and_recomputes():
-    InGraph().test_refuses_shapes()
-    InGraph().test_policy_changes_nothing("everything_saveable")
+    InGraph().check_refused_shapes()
+    InGraph().check_case(BIASED, policy="everything_saveable", prevent_cse=True)
 
 
 @pytest.mark.slow
@@ -170,10 +170,12 @@ class TestLoss(LossOf):
     pass
 
 
+class LossInGraph(LossOf):
+    mode = "graph"
+
+
 def test_fused_loss_in_a_graph():
-    in_graph = LossOf()
-    in_graph.mode = "graph"
-    in_graph.test_fused_equals_the_plain_mean()
+    LossInGraph().check_fused()
 
 
 class _FusedStep(nn.Cell):
@@ -210,11 +212,10 @@ def test_the_network_of_a_block_stays_in_chunks(tmp_path):
 
 @pytest.mark.slow
 def test_loss_in_a_graph():
-    in_graph = LossOf()
-    in_graph.mode = "graph"
-    in_graph.test_equals_the_plain_mean(4, "chunk_mean")
-    in_graph.test_nothing_valid()
-    in_graph.test_loss_refuses({"tokens": TOKENS[:, :5]}, ValueError, "'tokens' must be of shape")
+    LossInGraph().check_mean(4, "chunk_mean")
+    LossInGraph().check_nothing_valid()
+    with pytest.raises(ValueError, match="'tokens' must be of shape"):
+        LossInGraph().loss(LOGITS, TOKENS[:, :5], VALID)
 
 
 @pytest.mark.parametrize("mode", MODES)

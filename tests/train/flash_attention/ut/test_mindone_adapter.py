@@ -5,7 +5,7 @@ import types
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from flash_attention.core.errors import UnsupportedError
 from flash_attention.integrations import mindone
@@ -57,6 +57,28 @@ FORMS = [
 @pytest.mark.parametrize("mask, expected", [form[1:] for form in FORMS], ids=[form[0] for form in FORMS])
 def test_every_form_of_a_mask(mask, expected):
     assert np.allclose(call(mask), want(**expected), atol=1e-6)
+
+
+class Layer(nn.Cell):
+    """Calls the registered function as a model's layer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_causal = True
+        self.attention = mindone.registered("portable")
+
+    def construct(self, query, key, value, mask):
+        return self.attention(self, query, key, value, mask, dropout=0.0, use_cache=False)[0]
+
+
+def test_in_a_graph():
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        out = Layer()(QUERY, KEY, VALUE, Tensor(PADDING.astype(np.int32))).asnumpy()
+    finally:
+        ms.set_context(mode=before)
+    assert np.allclose(out, call(PADDING.astype(np.int32)), atol=1e-6)
 
 
 def test_a_soft_mask_is_added_as_it_is():

@@ -10,6 +10,13 @@ MECHANISMS = {
     "blockwise": ("BlockwiseAttention", "BlockwiseFFN"),
     "blockwise_block": ("BlockwiseParallel",),
     "blockwise_loss": ("Blockwise_LM_Head", "blockwise_cross_entropy", "blockwise_fused_cross_entropy"),
+    "colt5": (
+        "ConditionalRoutedAttention",
+        "ConditionalRoutedCrossAttention",
+        "ConditionalRoutedFeedForward",
+        "ConditionalRoutedTransformerBlock",
+    ),
+    "colt5_routing": ("CoordinateDescentRouter", "coor_descent"),
     "context_parallel": ("RingAttention", "UlyssesAttention"),
     "cross_modal": ("CrossModalAttention", "CrossModalBlock", "info_nce", "l2_normalize", "logit_scale"),
     "dilated": ("DilatedAttention", "dilated_attention"),

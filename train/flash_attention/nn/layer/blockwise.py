@@ -183,13 +183,14 @@ def over_chunks(cell, x, size):
     length = x.shape[1]
     if size >= length:
         return cell(x)
-    outs = ()
+    wide, outs = computable(x), ()
     for start in range(0, length, size):
-        chunk = x[:, start : min(start + size, length)]
+        chunk = wide[:, start : min(start + size, length)].astype(x.dtype)
         if start > 0:
             chunk = _depend(chunk, outs[-1])  # else a graph runs breadth first and holds all chunks at once
-        outs = outs + (cell(chunk),)
-    return ops.concat(outs, 1)
+        out = cell(chunk)
+        outs = outs + (computable(out),)
+    return ops.concat(outs, 1).astype(out.dtype)
 
 
 @constexpr

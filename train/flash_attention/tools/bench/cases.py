@@ -167,6 +167,19 @@ def sparse_indices(case, candidate):
     return ("qk",) + tuple(rng.random(shape) < KEPT[candidate])
 
 
+def routed_layer(case):
+    """``(width, keywords)`` of CoLT5's attention in a layer of the case's heads: a quarter of them light.
+
+    One query of 16 and one key of 8 are routed, as in the paper.
+    """
+    light = max(1, case.heads // 4)
+    sizes = {"light_heads": light, "heavy_heads": case.heads - light}
+    sizes.update(light_dim_head=case.head_dim, heavy_dim_head=case.head_dim)
+    return case.heads * case.head_dim, dict(
+        sizes, num_heavy_tokens_q=max(1, case.q_len // 16), num_heavy_tokens_kv=max(1, case.q_len // 8)
+    )
+
+
 def round_to(x, dtype):
     """float32 values rounded to ``dtype`` (nearest even), still stored as float32."""
     if dtype == "float16":

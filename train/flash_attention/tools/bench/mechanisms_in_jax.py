@@ -9,12 +9,14 @@ import jax.numpy as jnp
 
 from flash_attention.core.mechanisms.landmark import regular
 from flash_attention.jax import (
+    ConditionalRoutedAttention,
+    MultiQueryAttention,
     blockwise_compute_attn,
     dilated_attention,
     dynamic_sparse_attention,
     fused_landmark_attention,
 )
-from flash_attention.tools.bench.cases import BUCKETS, KEPT, geometric_patterns, sparse_indices
+from flash_attention.tools.bench.cases import BUCKETS, KEPT, geometric_patterns, routed_layer, sparse_indices
 
 
 def _dilated(case):
@@ -55,8 +57,31 @@ def _landmark(case):
     return attend
 
 
+def _layer(layer):
+    """A self-attention layer: its input is the query's heads side by side; key and value are not used."""
+
+    def attend(query, key, value):
+        del key, value
+        return layer(query.reshape(query.shape[:2] + (-1,))).reshape(query.shape)
+
+    return attend
+
+
+def _colt5(case):
+    width, sizes = routed_layer(case)
+    return _layer(ConditionalRoutedAttention(width, dtype=case.dtype, **sizes))
+
+
+def _dense_layer(case):
+    """Projections around dense attention of all heads: what CoLT5's layer replaces."""
+    width = case.heads * case.head_dim
+    return _layer(MultiQueryAttention(width, case.heads, kv_heads=case.heads, dtype=case.dtype))
+
+
 MECHANISMS = {
     "blockwise": _blockwise,
+    "colt5": _colt5,
+    "dense layer": _dense_layer,
     "dilated": _dilated,
     "landmark": _landmark,
 }

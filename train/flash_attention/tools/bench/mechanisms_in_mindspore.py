@@ -4,8 +4,14 @@ import functools
 
 from mindspore import Tensor, nn
 
-from flash_attention.nn import BlockwiseAttention, DynamicSparseAttention, FusedLandmarkAttention, dilated_attention
-from flash_attention.tools.bench.cases import BUCKETS, KEPT, geometric_patterns, sparse_indices
+from flash_attention.nn import (
+    BlockwiseAttention,
+    ConditionalRoutedAttention,
+    DynamicSparseAttention,
+    FusedLandmarkAttention,
+    dilated_attention,
+)
+from flash_attention.tools.bench.cases import BUCKETS, KEPT, geometric_patterns, routed_layer, sparse_indices
 
 
 class _Dilated(nn.Cell):
@@ -49,8 +55,22 @@ def _landmark(case):
     return FusedLandmarkAttention()
 
 
+class _Colt5(nn.Cell):
+    """A self-attention layer: its input is the query's heads side by side; key and value are not used."""
+
+    def __init__(self, case):
+        super().__init__()
+        width, sizes = routed_layer(case)
+        self.layer = ConditionalRoutedAttention(width, **sizes)
+
+    def construct(self, query, key, value):
+        x = query.swapaxes(1, 2)
+        return self.layer(x.reshape((x.shape[0], x.shape[1], -1))).reshape(x.shape).swapaxes(1, 2)
+
+
 MECHANISMS = {
     "blockwise": _Blockwise,
+    "colt5": _Colt5,
     "dilated": _Dilated,
     "landmark": _landmark,
 }

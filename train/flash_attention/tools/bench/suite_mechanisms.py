@@ -126,6 +126,34 @@ def _blockwise_figures(results, machine):
     return figures
 
 
+# --- CoLT5's attention layer beside dense attention of the same width -------------------------------------------------
+
+_ROUTED = (4096, 8192)
+
+
+def _colt5_jobs():
+    jobs = []
+    for way in ("fwd", "fwd+bwd"):
+        for length in _ROUTED:
+            case = Case(1, 8, length, 64)
+            entries = tuple(Entry("JAX " + name, "jax", name, case) for name in ("colt5", "dense layer"))
+            if length == _ROUTED[0] and way == "fwd":
+                entries += (Entry("MindSpore colt5", "mindspore", "colt5", case),)
+            jobs.append(Job("S{}".format(length), way, entries, base="JAX dense layer"))
+    return jobs
+
+
+def _colt5_figures(results, machine):
+    del machine
+    figures = []
+    for way in ("fwd", "fwd+bwd"):
+        for length in _ROUTED:
+            gain = results.ratio("S{}".format(length), way, "JAX dense layer", "JAX colt5")
+            name = "colt5 {}: gain over the dense layer at S={:,}".format(way, length)
+            figures.append(at_least(name, gain, 1.5))
+    return figures
+
+
 register(
     Benchmark(
         "blockwise", "chunked attention beside the dense formula", _blockwise_jobs, _blockwise_figures, _FRAMEWORKS
@@ -133,3 +161,4 @@ register(
 )
 register(Benchmark("dilated", "LongNet's mixture to S=1,048,576", _dilated_jobs, _dilated_figures, _FRAMEWORKS, 20.0))
 register(Benchmark("sparse", "buckets, kept tokens, landmarks", _sparse_jobs, _sparse_figures, _FRAMEWORKS, 20.0))
+register(Benchmark("colt5", "CoLT5's layer beside a dense one", _colt5_jobs, _colt5_figures, _FRAMEWORKS))

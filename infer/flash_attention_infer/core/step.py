@@ -1,0 +1,53 @@
+"""Step: the index arrays of one forward pass over a cache, made by SequenceTable, followed by the frameworks."""
+
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Step:
+    """``counts[b]`` new tokens of sequence ``b`` of the batch, padded to T = max(counts).
+
+    A *slot* is ``block * block_size + offset``, the place of one token in every layer's pool.
+
+    Attributes:
+        starts: int32 (B,), tokens in the cache before the step: the position of the first new one.
+        counts: int32 (B,), new tokens.
+        slots: int32 (B, T), where each new token goes; -1 = nowhere (padding, or overwritten within this step).
+        tables: int32 (B, n), blocks of each sequence in order, padded with its last one.
+        history: int32 (B, window), rings only: slots of the tokens just before ``starts``, oldest first; those that
+            do not exist or are sink tokens are the row's first slot.
+        sinks: int32 (B, sink_tokens), rings only: slots of the sink tokens.
+        copies: int32 (c, 2), blocks (from, to) to copy before anything is written; None once that is done.
+        sequences: ids.
+        fresh: True when no sequence has earlier tokens.
+        whole: True when ``tables`` is 0 .. num_blocks - 1, one block a sequence: the pool itself is the batch.
+    """
+
+    starts: np.ndarray
+    counts: np.ndarray
+    slots: np.ndarray
+    tables: np.ndarray
+    history: Optional[np.ndarray] = None
+    sinks: Optional[np.ndarray] = None
+    copies: Optional[np.ndarray] = None
+    sequences: Tuple[int, ...] = ()
+    fresh: bool = False
+    whole: bool = False
+
+    @property
+    def lengths(self):
+        """int32 (B,), tokens in the cache after the step."""
+        return self.starts + self.counts
+
+    @property
+    def batch(self):
+        """Number of sequences."""
+        return self.slots.shape[0]
+
+    @property
+    def tokens(self):
+        """T, new tokens of the sequence that has most."""
+        return self.slots.shape[1]
