@@ -8,6 +8,8 @@ import inspect
 import os
 import re
 
+INFER = "../../infer/flash_attention_infer/"
+
 # section -> [(file below train/flash_attention, import path, names)]
 PUBLIC = (
     (
@@ -72,6 +74,7 @@ PUBLIC = (
                 ("enable", "disable", "FlashAttention"),
             ),
             ("integrations/mindone.py", "flash_attention.integrations.mindone", ("enable", "disable")),
+            ("ops/sampling.py", "flash_attention.ops.sampling", ("sample",)),
         ),
     ),
     (
@@ -140,6 +143,37 @@ PUBLIC = (
             ),
             ("jax/mechanisms/colt5_routing.py", "flash_attention.jax", ("CoordinateDescentRouter", "coor_descent")),
             ("jax/mechanisms/positions.py", "flash_attention.jax", ("rotary", "xpos", "t5_bias", "alibi_bias")),
+            ("jax/sampling.py", "flash_attention.jax.sampling", ("sample", "filter_logits")),
+        ),
+    ),
+    (
+        "Inference",
+        (
+            (INFER + "core/cache.py", "flash_attention_infer.core.cache", ("KVCache",)),
+            (INFER + "core/sequences.py", "flash_attention_infer.core", ("SequenceTable",)),
+            (INFER + "core/allocator.py", "flash_attention_infer.core", ("BlockAllocator",)),
+            (INFER + "core/ring.py", "flash_attention_infer.core", ("Ring",)),
+            (INFER + "core/step.py", "flash_attention_infer.core", ("Step",)),
+            (INFER + "core/config.py", "flash_attention_infer.core.config", ("CacheConfig",)),
+            (
+                INFER + "core/errors.py",
+                "flash_attention_infer.core",
+                (
+                    "CacheError",
+                    "OutOfBlocksError",
+                    "DoubleFreeError",
+                    "StaleSequenceError",
+                ),
+            ),
+            (INFER + "jax/cache.py", "flash_attention_infer.jax", ("KVCache",)),
+            (INFER + "jax/attention.py", "flash_attention_infer.jax", ("prefill", "decode")),
+            (INFER + "jax/storage.py", "flash_attention_infer.jax", ("LayerCache",)),
+            (INFER + "jax/generation.py", "flash_attention_infer.jax", ("generate", "stream")),
+            (INFER + "nn/cache.py", "flash_attention_infer.nn", ("KVCache",)),
+            (INFER + "nn/attention.py", "flash_attention_infer.nn", ("CachedAttention",)),
+            (INFER + "nn/storage.py", "flash_attention_infer.nn", ("LayerCache",)),
+            (INFER + "nn/generation.py", "flash_attention_infer.nn", ("generate", "stream")),
+            (INFER + "atlas/attention.py", "flash_attention_infer.atlas.attention", ("AtlasAttention",)),
         ),
     ),
     (
@@ -160,6 +194,7 @@ PUBLIC = (
                 ("flatten_params", "unflatten_params"),
             ),
             ("core/dropout.py", "flash_attention.core.dropout", ("keep", "threshold")),
+            ("core/sampling.py", "flash_attention.core.sampling", ("Sampling",)),
             ("core/lse.py", "flash_attention.core.lse", ("merge",)),
             ("core/reference.py", "flash_attention.core.reference", ("attention", "attention_grad")),
             ("core/engine.py", "flash_attention.core.engine", ("Engine", "EngineTable")),
@@ -224,7 +259,7 @@ def _constructor(node):
 def _call(name, arguments):
     plain = [item.arg for item in arguments.args]
     defaults = [None] * (len(plain) - len(arguments.defaults)) + list(arguments.defaults)
-    words = [_with_default(*pair) for pair in zip(plain, defaults) if pair[0] != "self"]
+    words = [_with_default(*pair) for pair in zip(plain, defaults) if pair[0] not in ("self", "cls")]
     if arguments.kwonlyargs:
         words.append("*")
         words += [_with_default(item.arg, value) for item, value in zip(arguments.kwonlyargs, arguments.kw_defaults)]

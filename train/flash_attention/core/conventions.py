@@ -41,6 +41,7 @@ _RANK_MASKS = "(1|B,1|N,Sq,Sk), (1|B,1|N,1,Sk): rows of this rank, keys of all"
 _FLEXIBLE_MASKS = "(B,Sk), (1|B,1|Sq,Sk), rank 4 broadcastable to (B,N,Sq,Sk)"
 _SAME = "Sq = Sk"
 _FLAGS = "(B,Sq,N), (B,Sk,N)"
+_BY_POSITION = "by position in the sequence"
 _FULL_MASKS = "broadcastable to (B,N,Sq,Sk)"
 _FUNCTION_MASKS = "broadcastable to (B,N,Sq,Sk), compact (T,T)"
 
@@ -125,6 +126,9 @@ CALLS = (
     Call("flash_attention.jax.ConditionalRoutedAttention", "x (B,S,E)", "mask", KEEP, "(B,S)", "none"),
     Call("flash_attention.nn.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
     Call("flash_attention.jax.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
+    Call("flash_attention_infer.nn.CachedAttention", "BSND", "none", "-", "-", _BY_POSITION),
+    Call("flash_attention_infer.jax.prefill", "BSND", "none", "-", "-", _BY_POSITION),
+    Call("flash_attention_infer.jax.decode", "BSND", "none", "-", "-", _BY_POSITION),
     Call("flash_attention.nn.TriangleAttention", "BNSD", "attention_mask", DISCARD, "(1|B,S,S)", _SAME),
 )
 

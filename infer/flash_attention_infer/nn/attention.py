@@ -1,0 +1,179 @@
+"""Prefill and decode over a layer's cache: write the new tokens, view the old ones, call the core, merge by LSE.
+
+The same algebra as flash_attention_infer/jax/attention.py, where the reasons stand.
+"""
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.ops.primitive import constexpr
+
+from flash_attention.ops import flash_attention
+from flash_attention.ops.portable.forward import with_sinks
+from flash_attention_infer.core.config import check_call, check_splits, left_window
+from flash_attention_infer.nn.storage import span
+
+
+class CachedAttention(nn.Cell):
+    """Attention over a cache, and the writing of the new tokens into it; one Cell serves prefill and decode.
+
+    Legend: B sequences, T new tokens (the most of a sequence), N query heads, K key/value heads, D head size.
+
+    Args:
+        cache (LayerCache): the layer's pool, written in place.
+        scale (float): factor on the scores; default ``1 / sqrt(D)``.
+        local_window_size (int, tuple): tokens before its own that a query sees. A ring has its own window.
+        logits_soft_cap (float): scores become ``cap * tanh(score / cap)``.
+        engine (str): as in ``flash_attention.ops.flash_attention``.
+
+    Inputs:
+        - **query** (Tensor) - (B, T, N, D); rows from ``counts[b]`` on are padding.
+        - **key**, **value** (Tensor) - (B, T, K, D).
+        - **starts**, **counts**, **slots**, **tables**, **history**, **sink_slots** (Tensor) - of a Step, int32; the
+          last two None where it has none.
+        - **alibi_slopes** (Tensor) - (N,) or (B, N), or None.
+        - **sinks** (Tensor) - (N,) logits that join the softmax's denominator (not sink *tokens*), or None.
+        - **fresh** (bool) - no sequence has earlier tokens: attend to the new ones alone.
+        - **num_splits** (int) - equal parts of the keys that are computed side by side and merged by their LSE.
+
+    Outputs:
+        Tensor (B, T, N, D) in the query's dtype, 0 where padded.
+
+    Supported Platforms:
+        ``Ascend`` ``GPU`` ``CPU`` (what was proven where: see the support table)
+    """
+
+    def __init__(self, cache, scale=None, local_window_size=None, logits_soft_cap=None, engine=None):
+        super().__init__(auto_prefix=False)
+        self.cache = cache
+        self.scale, self.window, self.soft_cap, self.engine = scale, local_window_size, logits_soft_cap, engine
+
+    def construct(
+        self, query, key, value, starts, counts, slots, tables, history=None, sink_slots=None, alibi_slopes=None,
+        sinks=None, fresh=False, num_splits=1,
+    ):  # fmt: skip
+        _check(query.shape, key.shape, value.shape, slots.shape, self.cache.key.shape)
+        window = _window(self.window, None if history is None else history.shape[1])
+        new_key, key_scale = self.cache.encode(key)
+        new_value, value_scale = self.cache.encode(value)
+        held = (
+            self.cache.decode(new_key, key_scale, query.dtype),
+            self.cache.decode(new_value, value_scale, query.dtype),
+        )
+        if history is None:
+            self.cache.write(slots, new_key, key_scale, new_value, value_scale)
+            if fresh:
+                out, _ = self.attend(query, held, 0, counts, counts, window, alibi_slopes, sinks)
+                return out
+            keys = self.cache.read_tables(tables, starts + counts, query.dtype)
+            if num_splits == 1:
+                out, _ = self.attend(query, keys, starts, starts + counts, counts, window, alibi_slopes, sinks)
+                return out
+            parts = _splits(num_splits, tables.shape[1] * self.cache.block_size)
+            return self.attend_split(query, keys, starts, counts, window, alibi_slopes, sinks, parts)
+        _splits(num_splits, num_splits, True)
+        sink_tokens = 0 if sink_slots is None else sink_slots.shape[1]
+        position = ops.reshape(starts, (-1, 1)) + span(0, query.shape[1])
+        offset = 0
+        if not fresh:
+            offset = history.shape[1]
+            position = ops.reshape(starts, (-1, 1)) + span(-offset, query.shape[1])
+            old = self.cache.read_slots(history, position[:, :offset] >= sink_tokens, query.dtype)
+            held = (ops.concat((old[0], held[0]), 1), ops.concat((old[1], held[1]), 1))
+        mask = None
+        if offset or sink_tokens:
+            mask = ops.reshape(position >= sink_tokens, (position.shape[0], 1, 1, position.shape[1]))
+        self.cache.write(slots, new_key, key_scale, new_value, value_scale)
+        lengths = counts + offset
+        if not sink_tokens:
+            out, _ = self.attend(query, held, offset, lengths, counts, window, alibi_slopes, sinks, mask)
+            return out
+        near = self.attend(_wide(query), _both(held), offset, lengths, counts, window, alibi_slopes, None, mask)
+        lengths = ops.minimum(starts + counts, ops.full_like(starts, sink_tokens))
+        there = span(0, sink_tokens) < ops.reshape(lengths, (-1, 1))
+        keys = self.cache.read_slots(sink_slots, there, mstype.float32)
+        first = self.attend(_wide(query), keys, starts, lengths, counts, None, alibi_slopes, None)
+        return merged((near[0], first[0]), (near[1], first[1]), sinks).astype(query.dtype)
+
+    def attend(self, query, held, q_offset, kv_lengths, counts, window, slopes, sinks, mask=None):
+        """The core call: ``(out (B, T, N, D), lse (B, N, T))``."""
+        return flash_attention(
+            query, held[0], held[1], mask=mask, scale=self.scale, is_causal=True, query_seq_lengths=counts,
+            key_value_seq_lengths=kv_lengths, local_window_size=window, engine=self.engine, alibi_slopes=slopes,
+            logits_soft_cap=self.soft_cap, sinks=sinks, q_offset=q_offset, return_lse=True,
+        )  # fmt: skip
+
+    def attend_split(self, query, keys, starts, counts, window, slopes, sinks, parts):
+        """The core call over equal parts of the keys, as more rows of the batch, merged."""
+        batch, size = query.shape[0], keys[0].shape[1] // parts
+        first = size * span(0, parts)  # (1, parts)
+        keys = (_fold(keys[0], parts), _fold(keys[1], parts))
+        starts, lengths = ops.reshape(starts, (-1, 1)), ops.reshape(starts + counts, (-1, 1))
+        offset = ops.reshape(starts - first, (-1,))
+        lengths = ops.clip_by_value(ops.reshape(lengths - first, (-1,)), Tensor(0), Tensor(size)).astype(mstype.int32)
+        if slopes is not None and slopes.ndim == 2:
+            slopes = ops.repeat_elements(slopes, parts, 0)
+        wide = ops.repeat_elements(_wide(query), parts, 0)
+        counts = ops.repeat_elements(counts, parts, 0)
+        out, lse = self.attend(wide, _both(keys), offset, lengths, counts, window, slopes, None)
+        out = ops.reshape(out, (batch, parts) + out.shape[1:])
+        lse = ops.reshape(lse, (batch, parts) + lse.shape[1:])
+        outs, lses = (), ()
+        for part in range(parts):
+            outs = outs + (out[:, part],)
+            lses = lses + (lse[:, part],)
+        return merged(outs, lses, sinks).astype(query.dtype)
+
+
+def merged(outs, lses, sinks):
+    """Results (B, T, N, D) and (B, N, T) over disjoint sets of keys as one output; sinks join once."""
+    peak = lses[0]
+    for lse in lses[1:]:
+        peak = ops.maximum(peak, lse)
+    alive = peak > -3e38
+    peak = ops.where(alive, peak, ops.zeros_like(peak))
+    total, out = ops.zeros_like(peak), 0.0
+    for index in range(len(outs)):
+        weight = ops.exp(lses[index] - peak)
+        total = total + weight
+        out = out + _rows(weight) * outs[index]
+    total = ops.where(alive, total, ops.ones_like(total))
+    out = out / _rows(total)
+    if sinks is None:
+        return out
+    lse = ops.where(alive, peak + ops.log(total), ops.full_like(peak, 3e38))  # a dead row keeps its zeros
+    sink = ops.reshape(sinks.astype(mstype.float32), (1, -1, 1, 1))
+    out, _ = with_sinks(out.swapaxes(1, 2), ops.expand_dims(lse, -1), sink)
+    return out.swapaxes(1, 2)
+
+
+def _rows(x):
+    """(B, N, T) -> (B, T, N, 1)."""
+    return ops.expand_dims(x.swapaxes(1, 2), -1)
+
+
+def _wide(x):
+    return x.astype(mstype.float32)
+
+
+def _both(pair):
+    return _wide(pair[0]), _wide(pair[1])
+
+
+def _fold(x, parts):
+    """(B, S, K, D) -> (B * parts, S / parts, K, D)."""
+    return ops.reshape(x, (x.shape[0] * parts, x.shape[1] // parts) + x.shape[2:])
+
+
+@constexpr(check=False)
+def _check(query, key, value, slots, pool):
+    check_call("CachedAttention", slots, query, key, value, pool[2], pool[3])
+
+
+@constexpr(check=False)
+def _window(window, ring_window):
+    return left_window("CachedAttention", window, ring_window)
+
+
+@constexpr(check=False)
+def _splits(num_splits, places, ring=False):
+    return check_splits("CachedAttention", num_splits, places, ring)

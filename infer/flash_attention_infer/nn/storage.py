@@ -1,0 +1,126 @@
+"""LayerCache: the Parameters of one layer's cache, and how a Step's indices read and write them.
+
+Tokens come before heads in a block, (blocks, block_size, K, D): what ReshapeAndCache, PagedAttention and
+incre_flash_attention take. One block more than the table knows takes the padding of a step.
+"""
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.ops import operations as P
+from mindspore.ops.primitive import constexpr
+
+from flash_attention.ops.functional import on_cpu
+from flash_attention_infer.core.quantize import LARGEST
+
+
+def held_dtype(name):
+    """dtype of a pool. The CPU cannot write into a bfloat16 tensor: there float32 holds the rounded values."""
+    if name == "bfloat16" and on_cpu():
+        return mstype.float32
+    return getattr(mstype, name)
+
+
+class LayerCache(nn.Cell):
+    """One layer's pool.
+
+    Parameters ``key`` and ``value``: (blocks + 1, block_size, K, D), floating or int8; ``key_scale`` and
+    ``value_scale``: float32 (blocks + 1, block_size) with int8. They are no trainable parameters.
+
+    Args:
+        config (CacheConfig): sizes and dtype.
+        name (str): prefix of the Parameters' names.
+    """
+
+    def __init__(self, config, name="cache"):
+        super().__init__(auto_prefix=False)
+        shape = (config.num_blocks + 1, config.block_size, config.kv_heads, config.head_dim)
+        self.block_size, self.scratch = config.block_size, config.num_blocks * config.block_size
+        self.rounded, self.quantized = getattr(mstype, config.dtype), config.quantized
+        self.key = _parameter(shape, held_dtype(config.dtype), name + ".key")
+        self.value = _parameter(shape, held_dtype(config.dtype), name + ".value")
+        if self.quantized:
+            self.key_scale = _parameter(shape[:2], mstype.float32, name + ".key_scale")
+            self.value_scale = _parameter(shape[:2], mstype.float32, name + ".value_scale")
+        self.update = P.ScatterNdUpdate()
+
+    def encode(self, x):
+        """(B, T, K, D) as the pool holds it, and its scales (B, T) or None."""
+        if not self.quantized:
+            return x.astype(self.rounded).astype(self.key.dtype), None
+        x = x.astype(mstype.float32)
+        scale = P.ReduceMax(False)(ops.abs(x), (2, 3)) / LARGEST
+        safe = ops.maximum(scale, Tensor(1e-38, mstype.float32))  # a token of zeros stays zeros
+        q = ops.round(x / ops.reshape(safe, scale.shape + (1, 1)))
+        return q.astype(mstype.int8), scale
+
+    def decode(self, x, scale, dtype):
+        """The inverse of :meth:`encode` in ``dtype``."""
+        if not self.quantized:
+            return x.astype(dtype)
+        x = x.astype(mstype.float32) * ops.reshape(scale, scale.shape + (1, 1))
+        return x.astype(dtype)
+
+    def write(self, slots, key, key_scale, value, value_scale):
+        """Put encoded tokens (B, T, K, D) at ``slots`` (B, T), in place; slot -1 goes to the block for padding."""
+        slots = ops.reshape(slots, (-1,))
+        slots = ops.where(slots < 0, ops.full_like(slots, self.scratch), slots)
+        index = ops.stack((slots // self.block_size, slots % self.block_size), 1)
+        tokens = self.key.shape[2:]
+        self.update(self.key, index, ops.reshape(key, (-1,) + tokens))
+        self.update(self.value, index, ops.reshape(value, (-1,) + tokens))
+        if self.quantized:
+            self.update(self.key_scale, index, ops.reshape(key_scale, (-1,)))
+            self.update(self.value_scale, index, ops.reshape(value_scale, (-1,)))
+
+    def read_tables(self, tables, lengths, dtype):
+        """``(keys, values)`` (B, n * block_size, K, D) of the blocks (B, n); zeros from each length (B,) on."""
+        shape = (tables.shape[0], tables.shape[1] * self.block_size)
+        there = span(0, shape[1]) < ops.reshape(lengths, (-1, 1))
+        return self._read(tables, shape, False, there, dtype)
+
+    def read_slots(self, slots, there, dtype):
+        """``(keys, values)`` (B, n, K, D) of the tokens at ``slots`` (B, n); zeros where ``there`` (B, n) is False."""
+        return self._read(slots, slots.shape, True, there, dtype)
+
+    def _read(self, index, shape, by_token, there, dtype):
+        found = ()
+        pairs = ((self.key, self.key_scale), (self.value, self.value_scale)) if self.quantized else (
+            (self.key, None), (self.value, None))  # fmt: skip
+        there = ops.reshape(there, there.shape + (1, 1))
+        for pool, scales in pairs:
+            x = ops.reshape(_take(pool, index, by_token), shape + pool.shape[2:])
+            scale = None
+            if scales is not None:
+                scale = ops.reshape(_take(scales, index, by_token), shape)
+            x = self.decode(x, scale, dtype)
+            # Places that nobody has written hold anything, and hidden NaN would still reach 0 * NaN.
+            found = found + (ops.where(there, x, ops.zeros_like(x)),)
+        return found
+
+    def copy_blocks(self, pairs):
+        """Copy blocks from ``pairs[:, 0]`` to ``pairs[:, 1]``, int32 (c, 2), in place."""
+        for pool in self.pools():
+            self.update(pool, pairs[:, 1:], ops.gather(pool, pairs[:, 0], 0))
+
+    def pools(self):
+        """The Parameters."""
+        return (self.key, self.value) + ((self.key_scale, self.value_scale) if self.quantized else ())
+
+
+def _take(pool, index, by_token):
+    """Blocks or tokens of a pool."""
+    if by_token:
+        pool = ops.reshape(pool, (-1,) + pool.shape[2:])
+    return ops.gather(pool, index, 0)
+
+
+@constexpr
+def span(first, stop):
+    """int32 (1, n): first .. stop - 1."""
+    return Tensor(np.arange(first, stop, dtype=np.int32)[None, :])
+
+
+def _parameter(shape, dtype, name):
+    host = np.int8 if dtype == mstype.int8 else np.float16 if dtype == mstype.float16 else np.float32
+    return Parameter(Tensor(np.zeros(shape, host)).astype(dtype), name=name, requires_grad=False)
