@@ -8,9 +8,11 @@ usage() {
 bash build.sh                  build dist/flash_attention-<version>-py3-none-any.whl and its .sha256 (needs only a Python)
 bash build.sh demo             train the small language model with our Cell and with naive attention, compare, plot
 bash build.sh test             the fast tests
-bash build.sh test all         the fast and the slow tests, then the table of figures
-bash build.sh test integration the tests against the model libraries
+bash build.sh test all         the fast and the slow tests, those against the model libraries, then the table of figures
+bash build.sh test integration the tests against the model libraries, each in an environment of its own
 bash build.sh bench [NAME]     measure the tables of docs/benchmarks (all, or NAME; arguments go to `flash_attention bench`)
+bash build.sh bench --integration   a training step inside the model libraries, against their own attention
+bash build.sh finetune LIBRARY train a tiny model of mindformers or mindone with its own attention and with our Cell
 bash build.sh env [EXTRA...]   only make the environment (with these extras; default: test), and print its Python
 What follows `test [all|integration]` goes to pytest:  bash build.sh test -k plan
 
@@ -101,6 +103,44 @@ install_mindspore() { # install_mindspore LINE...   returns 1 where there is no 
     fi
 }
 
+# The model libraries: each in an environment of its own, which sees the packages of .venv by a .pth file, because
+# their requirements contradict one another and MindSpore alone takes 2.5 GB. Versions: the ones that the tests know.
+LIBRARIES="mindone mindformers mindformers-1.3"
+
+make_library_env() { # make_library_env LIBRARY   makes VENV-LIBRARY on top of VENV, then sets VENV to it
+    local library=$1 base=$VENV lines=("numpy<2") alone=() free
+    case $library in
+    mindone) lines+=("mindone==0.5.0" "transformers==4.57.1") ;;
+    mindformers)
+        lines+=("setuptools>=70.1" sentencepiece ftfy regex tqdm pyyaml jieba rouge_chinese "nltk==3.9.1" opencv-python-headless
+            "pyarrow==23.0.1" tokenizers tiktoken jinja2 setproctitle tensorboardX deprecated pybind11 "transformers==4.57.1"
+            "datasets>=4.0.0") # pyarrow: later ones need numpy 2
+        alone=("mindpet==1.0.4" "mindformers==1.9.0") # their requirements name a MindSpore of their own
+        ;;
+    mindformers-1.3)
+        (make_library_env mindformers) || exit # the packages that both need
+        alone=("mindformers==1.3.2")
+        ;;
+    *) die "LIBRARY must be one of $LIBRARIES, but got '$library'." ;;
+    esac
+    VENV=$base-$library
+    if [ ! -x "$VENV/bin/pip" ]; then
+        free=$(df -Pk "$(dirname "$VENV")" | awk 'NR == 2 {print int($4 / 1048576)}')
+        [ "$free" -ge 2 ] || die "the environment of $library needs 2 GB of free disk here, but got $free GB. Free some, or set FLASH_VENV to a folder on another disk."
+        say "making $VENV on top of $base"
+        "$base/bin/python" -m venv "$VENV" || return
+    fi
+    site_packages "$base" >"$(site_packages "$VENV")/base.pth"
+    [ "$library" != mindformers-1.3 ] || site_packages "$base-mindformers" >>"$(site_packages "$VENV")/base.pth"
+    export USE_TORCH=0 # transformers would import the torch of the extra `bench`
+    install_lines "$library" "${lines[@]}" || return
+    [ ${#alone[@]} -eq 0 ] || install_lines "$library-alone" --no-deps "${alone[@]}"
+}
+
+site_packages() { # site_packages VENV   the folder of an environment's packages
+    "$1/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+}
+
 make_env() { # make_env EXTRA...   sets VENV and makes it hold jax, MindSpore unless FLASH_JAX is set, and the extras
     local python free lines jax=${FLASH_JAX:-}
     VENV=${FLASH_VENV:-.venv${jax:+-jax}}
@@ -141,17 +181,60 @@ run_tests() {
     make_env test
     case $what in
     fast) select="not slow and not integration" ;;
-    integration) select="integration" ;;
+    integration)
+        test_libraries "$@"
+        return
+        ;;
     all)
         select="not integration"
         if [ -n "${FLASH_FAST_DONE:-}" ]; then select="slow and not integration"; fi
         export FLASH_ROTATE=1
         ;;
     esac
+    # The model libraries come last, every third day first: what a deadline cuts off is another part each day.
+    local first=0
+    if [ "$what" = all ] && [ $((10#$(date +%j) % 3)) -eq 1 ]; then first=1; fi
+    if [ $first -eq 1 ]; then (test_libraries "$@") || status=$?; fi
     cores=$("$VENV/bin/python" -c "import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()))")
     "$VENV/bin/python" -m pytest -m "$select" -n "${FLASH_TEST_WORKERS:-$cores}" --dist loadfile --timeout "${FLASH_TEST_TIMEOUT:-900}" --durations 15 "$@" || status=$?
-    if [ "$what" = all ]; then "$VENV/bin/python" tests/must_show.py --since "$FLASH_RUN_START"; fi
+    if [ "$what" = all ]; then
+        [ $first -eq 1 ] || (test_libraries "$@") || status=$?
+        "$VENV/bin/python" tests/must_show.py --since "$FLASH_RUN_START"
+    fi
     return $status
+}
+
+test_libraries() { # test_libraries [pytest arguments]   the tests against each model library, in its environment
+    local base=$VENV library code status=5
+    for library in $LIBRARIES; do
+        if [ $(($(date +%s) + 300)) -ge "${FLASH_DEADLINE:-99999999999}" ]; then # installing and one test take that long
+            say "deadline: the tests against $library are left out"
+            [ $status -ne 5 ] || status=0
+            continue
+        fi
+        code=0
+        (
+            VENV=$base
+            make_library_env "$library" || exit
+            "$VENV/bin/python" -m pytest -m integration --timeout "${FLASH_TEST_TIMEOUT:-900}" --durations 15 "$@" \
+                "tests/train/flash_attention/st/test_${library//[-.]/_}.py"
+        ) || code=$?
+        case $status in 0 | 5) [ $code -eq 5 ] || status=$code ;; esac # 5: -k has left none of this library's tests
+    done
+    return $status
+}
+
+bench_libraries() { # bench_libraries --integration [arguments]   in the environment of each library that has benchmarks
+    local base=$VENV library
+    for library in mindone mindformers; do
+        (
+            VENV=$base
+            make_library_env "$library" || exit
+            export PYTHONPATH="$PYTHONPATH:$PWD/tests"
+            if [ "$library" = mindone ]; then export FLASH_BENCH_PREPARE=support.mindone_on_cpu; fi
+            "$VENV/bin/python" -m flash_attention bench "$@"
+        ) || return
+    done
 }
 
 main() {
@@ -169,7 +252,16 @@ main() {
         ;;
     bench)
         make_env test bench
-        "$VENV/bin/python" -m flash_attention bench "$@"
+        if [ "${1:-}" = --integration ]; then
+            bench_libraries "$@"
+        else
+            "$VENV/bin/python" -m flash_attention bench "$@"
+        fi
+        ;;
+    finetune)
+        make_env test
+        make_library_env "${1:-}"
+        PYTHONPATH="$PYTHONPATH:$PWD/tests" "$VENV/bin/python" docs/examples/finetune.py "$@"
         ;;
     test) run_tests "$@" ;;
     -h | --help | help) usage ;;

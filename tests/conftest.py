@@ -68,6 +68,8 @@ FRAMEWORK_OF = {
     "flash_attention.ops": "mindspore",
     "jax": "jax",
     "flash_attention.jax": "jax",
+    "mindformers": "mindformers",
+    "mindone": "mindone",
     "flash_attention_infer.nn": "mindspore",
     "flash_attention_infer.jax": "jax",
 }
@@ -87,7 +89,7 @@ def _imports(path):
 
 
 def missing_framework(path):
-    """'mindspore' or 'jax' when the test file imports it and it is not installed, else None."""
+    """The framework or model library that the test file imports and that is not installed, else None."""
     for name in _imports(path):
         for prefix, framework in FRAMEWORK_OF.items():
             if (name + ".").startswith(prefix + ".") and not has(framework):

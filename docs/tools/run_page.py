@@ -20,6 +20,8 @@ BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.S | re.M)
 NEEDS = {
     "mindspore": r"\bmindspore\b|flash_attention\.(nn|ops)\b",
     "jax": r"^\s*(import jax|from jax)|flash_attention\.jax\b",
+    "mindformers": r"^\s*(import|from) mindformers\b",
+    "mindone": r"^\s*(import|from) mindone\b",
 }
 
 

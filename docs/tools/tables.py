@@ -13,7 +13,7 @@ from dataclasses import replace
 from flash_attention.ascend import cost
 from flash_attention.core import conventions, dropout
 from flash_attention.core.spec import AttentionSpec
-from flash_attention.core.tiling import get_strategy, strategy_names
+from flash_attention.core.tiling import choose_tile, get_strategy, strategy_names
 from flash_attention.core.tiling.base import Tile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -128,7 +128,7 @@ def strategies(language):
         row = ["`{}`".format(name), strategy.block_size]
         for q_len, kv_len, head_dim in shapes:
             spec = AttentionSpec(1, 8, 8, q_len, kv_len, head_dim)
-            tile = strategy.tiles(spec, Tile(256, 128))
+            tile = choose_tile(strategy, spec, "docs", (Tile(256, 128),))
             row.append("{} x {}".format(tile.q, tile.kv))
         rows.append(row)
     if language == "zh":

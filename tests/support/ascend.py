@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from conformance import make_inputs, run_naive, run_reference
+from conformance import Case, make_inputs, run_naive, run_reference
 from flash_attention.ascend import simulated
 from flash_attention.ascend.program import Buffer, GmTensor, Program
 from flash_attention.ascend.simulator import SimulatorParams, Toolkit
+from flash_attention.core.spec import AttentionSpec
 from tolerances import FORWARD, assert_close
 
 CHIP = "Ascend910A"
@@ -73,16 +74,64 @@ class Stage:
 
 
 # --- whole kernels --------------------------------------------------------------------------------
+_FEATURES = {
+    "causal": {"band": "causal", "lengths": (110, 150)},
+    "dead rows": {"band": "causal", "lengths": (150, 90), "cotangent": True},
+    "window": {"band": "window"},
+    "blocks": {"band": "blocks16-causal"},
+    "mask": {"mask": "heads"},
+    "key mask": {"mask": "keys"},
+    "mask, dead rows": {"mask": "rows"},
+    "compact mask": {"mask": "compact", "band": "blocks16-causal"},
+    "compact mask, offset": {"mask": "compact", "band": "blocks64", "offset": "offset23"},
+    "bias": {"bias": "full"},
+    "key bias": {"bias": "keys", "logits": "scale"},
+    "ALiBi": {"slopes": "alibi"},
+    "ALiBi, causal": {"slopes": "alibi-batch", "band": "causal"},
+    "dropout": {"dropout": 0.2},
+    "everything": {"slopes": "alibi", "bias": "heads", "mask": "dense", "band": "window", "dropout": 0.5},
+    "everything a key": {"slopes": "alibi", "bias": "keys", "mask": "keys", "band": "blocks64", "dropout": 0.5},
+}
+FEATURES = {
+    name: Case(dtype="float16", **dict({"lengths": (110, 110), "heads": (1, 2, 1)}, **options))
+    for name, options in _FEATURES.items()
+}
+"""What a call can have, one at a time and together, at lengths of a few small tiles: both kernels run all of it."""
+
+
+WINDOWS = [(prev, following) for prev in (0, 1, 3, 4, 5) for following in (0, 1, 4, 5)]
+"""Blocks seen before and after the own one, around the count of five; the fast suite runs SOME_WINDOWS."""
+SOME_WINDOWS = [(0, 0), (1, 4), (5, 0)]
+
+LOGITS = [(logit, scale) for logit in (-6e4, 6e4) for scale in (2.0**-10, 0.25, -0.25, 2.0**10)]
+"""Logits at the ends of fp16's range and scales of both signs and at the ends of theirs; SOME_LOGITS are fast."""
+SOME_LOGITS = [(-6e4, 2.0**-10), (6e4, -0.25)]
+
+
+def at_logit(logit, scale, lengths=(90, 110), head_dim=32):
+    """(spec, query, key, value) of a plain call whose logits are ``logit`` but for a few units."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, 1, n, head_dim)) for n in (lengths[0], lengths[1], lengths[1]))
+    spread = abs(scale) ** -0.5 / head_dim**0.25  # differences of logits of about one
+    query, key = spread * query, spread * key
+    product = logit / scale
+    query[..., 0], key[..., 0] = abs(product) ** 0.5, np.sign(product) * abs(product) ** 0.5
+    spec = AttentionSpec(1, 1, 1, lengths[0], lengths[1], head_dim, "float16", scale=scale)
+    return (spec,) + tuple(x.astype(np.float16) for x in (query, key, value))
+
+
 def fp16_case(case):
     """A case of the shared list as the forward kernel can take it: float16, no gradients."""
     return replace(case, dtype="float16", layout="BNSD", gradients=False, cotangent=False)
 
 
 def run_kernel(case, tiles=None, **options):
-    """The forward kernel's results for a case, by the suite's names."""
+    """The forward kernel's results for a case, by the suite's names; tiles of 128 x 128 where none are given."""
     inputs = make_inputs(case)
     tensors = [x.astype(np.float16) for x in (inputs.query, inputs.key, inputs.value)]
-    out, lse = simulated.forward(inputs.spec, *tensors, inputs.operands, tiles=tiles, **options)
+    out, lse = simulated.forward(
+        replace(inputs.spec, tiling="sparse"), *tensors, inputs.operands, tiles=tiles, **options
+    )
     return {"out": out, "lse": lse}
 
 

@@ -34,6 +34,20 @@ def run(call, arrays, d_out=None, dtype="float32"):
     return _wide(out), [_wide(grad) for grad in grads]
 
 
+def run_eagerly(call, arrays, d_out=None):
+    """:func:`run` in float32 without a `jit` of its own: calls of the same shapes share what `call` compiles inside."""
+    arrays = [_to(x, "float32") for x in arrays]
+    floats = [n for n, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+    if d_out is None:
+        return _wide(call(*arrays)), []
+
+    def of_floats(*given):
+        return call(*(given[floats.index(n)] if n in floats else x for n, x in enumerate(arrays)))
+
+    out, grads = _with_gradients(of_floats, [arrays[n] for n in floats], d_out)
+    return _wide(out), [_wide(grad) for grad in grads]
+
+
 def run_layer(layer, arrays, d_out, dtype="float32"):
     """`(out, input gradients, {name: gradient of a parameter})` of a layer with `.params`; float64 numpy."""
     arrays = [_to(x, dtype) for x in arrays]

@@ -5,6 +5,7 @@ from support.mutation import Mutation
 from flash_attention.ascend import backward_arguments, backward_budget, backward_operands
 from flash_attention.ascend.backward import _Backward
 from flash_attention.ascend.backward_pair import TilePair
+from flash_attention.ascend.kernel import Kernel
 from flash_attention.ascend.tile_ops import gradient, layout
 
 BACKWARD = [
@@ -30,7 +31,7 @@ BACKWARD = [
     Mutation("sums of dK initialised, of dV not", _Backward._key_task, "for number in (0, 1):", "for number in (1,):"),
     Mutation(
         "zeros not initialised",
-        _Backward._constants,
+        Kernel._constants,
         'fill(api, Lanes(local["zeros"], 0, 1), 0.0,',
         'fill(api, Lanes(local["zeros"], 0, 1), 0.5,',
         "ragged",
@@ -45,8 +46,8 @@ BACKWARD = [
     Mutation(
         "gradient stored with the keys' row count",
         _Backward._store_query_gradient,
-        "source, geometry.q_rows",
-        "source, geometry.kv_rows",
+        "Rows(FRACTAL, geometry.q_rows",
+        "Rows(FRACTAL, geometry.kv_rows",
         "ragged",
     ),
     Mutation(
@@ -69,12 +70,22 @@ BACKWARD = [
         "head % self.spec.kv_heads",
         "groups",
     ),
-    Mutation("scale of dQ dropped", _Backward._store_query_gradient, "self.spec.scale * self._kept", "self._kept"),
-    Mutation("scale of dK dropped", _Backward._key_task, '"d_key", spec.scale * self._kept', '"d_key", self._kept'),
-    Mutation("power of two of P kept in dV", _Backward._key_task, "2.0**-self.exponent * self._kept", "self._kept"),
+    Mutation("scale of dQ and dK dropped", backward_arguments.result_factors, "spec.scale * gain", "gain"),
+    Mutation("factor of dV for all", _Backward._store_tile, "_FACTOR[name]", '_FACTOR["d_value"]'),
+    Mutation(
+        "power of two of P kept in dV",
+        backward_arguments.result_factors,
+        "2.0 ** -probability_exponent(geometry) * gain",
+        "gain",
+    ),
+    Mutation("cotangents not divided", backward_arguments.cotangent_exponent, "max(0,", "0 * max(0,", "large products"),
     Mutation("power of two of P kept in dS", TilePair.differentiate, "kept, 2.0**-self.kernel.exponent", "kept, 1.0"),
     Mutation(
-        "share that dropout keeps forgotten", _Backward._kept, "1.0 / (1.0 - self.spec.dropout_rate)", "1.0", "dropout"
+        "share that dropout keeps forgotten",
+        backward_arguments.result_factors,
+        "power / (1.0 - spec.dropout_rate)",
+        "power",
+        "dropout",
     ),
     Mutation("delta of dropped keys forgotten", gradient.add_dropped, "range(groups)", "range(0)", "dropout"),
     Mutation(
@@ -139,7 +150,7 @@ BACKWARD = [
         "fp16 accumulation of dK and dV", backward_budget._cube, '"sums", "L0C", "float32"', '"sums", "L0C", "float16"'
     ),
     Mutation(
-        "atomic add left on", _Backward._store_tile, "target = Place(", "api.set_atomic_add(1)\n        target = Place("
+        "atomic add left on", _Backward._store_tile, "lanes = Lanes(", "api.set_atomic_add(1)\n    lanes = Lanes("
     ),
     Mutation(
         "result buffer read before it is written",
@@ -170,7 +181,7 @@ BACKWARD = [
         "0.0",
         "negative slopes",
     ),
-    Mutation("slope of another head", _Backward._slopes, "head * 16", "0", "ALiBi"),
+    Mutation("slope of another head", Kernel.load_slopes, "head * 16", "0", "ALiBi"),
     Mutation("sign of later keys forgotten", gradient.signs, "vec_max, Lanes(dst)", "vec_min, Lanes(dst)", "ALiBi"),
     Mutation(
         "bias sums of one query tile",

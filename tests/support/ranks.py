@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.communication import get_group_size, get_rank, init
 
 from flash_attention.nn import DilatedAttention, FlashAttention, RingAttention, UlyssesAttention, dilated_attention
-from flash_attention.ops.collectives import choose, current_group, subgroup
+from flash_attention.ops.collectives import choose, current_group
 
 B, D = 2, 8
 CELLS = {"ring": RingAttention, "ulysses": UlyssesAttention}
@@ -163,7 +163,9 @@ def collectives(rank, size):
     }  # fmt: skip
     if size == 4:
         pairs = [np.concatenate(list(x[r // 2 * 2 : r // 2 * 2 + 2]), axis=0) for r in range(4)]
-        cases["all gather of two"] = back_end.AllGather(subgroup(group, 2), 0), np.stack(pairs)
+        cases["all gather of two"] = back_end.AllGather(group, 0, 2), np.stack(pairs)
+        twos = np.stack([np.split(x[r // 2 * 2 : r // 2 * 2 + 2].sum(0), 2, axis=1)[r % 2] for r in range(4)])
+        cases["reduce scatter of two"] = back_end.ReduceScatter(group, 1, 2), twos
     results = []
     for name, (cell, want) in cases.items():
         d_out = np.random.default_rng(1).standard_normal(want.shape).astype(np.float32)

@@ -17,7 +17,7 @@ _TERMS = {"bias_shape": (1, 2, 256, 512), "alibi_shape": (2,)}
 _MOST = {
     INFERENCE: dict(_MORE, **_TERMS),
     FORWARD: dict(_MORE, dropout_rate=0.1, **_TERMS),
-    BACKWARD: dict(_MORE, dropout_rate=0.1),  # gradients of bias and slopes are outputs that GE cannot leave out
+    BACKWARD: dict(_MORE, dropout_rate=0.1, **_TERMS),
 }
 
 
@@ -56,8 +56,10 @@ def package_operators():
 
 
 def _operator(kind):
-    least = {argument.name for argument in KernelRequest.of(kind, _LEAST).signature()[0]}
-    inputs, outputs = KernelRequest.of(kind, replace(_LEAST, **_MOST[kind])).signature()
+    # Gradients of bias and slopes would be outputs that only some calls have, and GE cannot leave an output out.
+    specs = _LEAST, replace(_LEAST, **_MOST[kind])
+    (least, _), (inputs, outputs) = (KernelRequest.of(kind, x, term_gradients=False).signature() for x in specs)
+    least = {argument.name for argument in least}
     by_shape = {argument.nd_shape: argument.name for argument in reversed(inputs) if argument.nd_shape}
     return PackageOperator(
         kind,

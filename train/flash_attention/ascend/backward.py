@@ -13,12 +13,15 @@ from flash_attention.ascend.backward_arguments import backward_signature, probab
 from flash_attention.ascend.backward_budget import backward_buffers, needs_fp32_scores
 from flash_attention.ascend.backward_operands import KEY_PASS, QUERY_PASS, parts
 from flash_attention.ascend.backward_pair import TilePair, tile_row
+from flash_attention.ascend.kernel import Kernel
 from flash_attention.ascend.program import Program
-from flash_attention.ascend.tasks import CORE_FIELDS
-from flash_attention.ascend.tile_ops import layout, masks
+from flash_attention.ascend.tile_ops import layout
 from flash_attention.ascend.tile_ops.layout import Place, Rows
-from flash_attention.ascend.tile_ops.matmul import FRACTAL, Cube, Operand
-from flash_attention.ascend.tile_ops.vector import Lanes, convert, fill, with_scalar
+from flash_attention.ascend.tile_ops.matmul import FRACTAL, Operand
+from flash_attention.ascend.tile_ops.vector import LANES, Lanes, binary, convert
+
+_FACTOR = {"d_value": 0, "d_key": 1, "d_query": 1}
+"""Row of the argument 'factors' that each gradient is multiplied by."""
 
 
 def build_backward(tik, geometry, cores, kernel_name="flash_attention_backward", disable_debug=False):
@@ -31,65 +34,37 @@ def build_backward(tik, geometry, cores, kernel_name="flash_attention_backward",
         kernel_name: of the compiled function.
         disable_debug: for builds that only run on a device.
     """
-    return _Backward(Program(tik, disable_debug), geometry).build(cores, kernel_name)
+    kernel = _Backward(Program(tik, disable_debug), geometry)
+    return kernel.build(backward_signature(geometry, cores), cores, kernel_name)
 
 
-class _Backward:
-    """The kernel while it is written. ``self.gm`` and ``self.local`` hold tensors by name."""
+class _Backward(Kernel):
+    """The kernel while it is written."""
+
+    SHARES = 2
 
     def __init__(self, program, geometry):
-        self.program, self.api, self.tik = program, program.api, program.tik
-        self.geometry, self.spec, self.tiles = geometry, geometry.spec, geometry.tiles
+        band = geometry.spec.band
+        super().__init__(program, geometry, backward_buffers(geometry), (band.bounded_below, band.bounded_above))
         self.fp32_scores = needs_fp32_scores(geometry.spec)
         self.exponent = probability_exponent(geometry)
         self.columns = geometry.depth + FRACTAL
         self.rows = self.tiles.groups * FRACTAL  # of a piece of a query tile
-        self.gm, self.local, self.buffers, self.field = {}, {}, {}, {}
-        self.cube = None
+        self.field = {}
         self.key_parts, self.query_parts = [], []
 
-    # --- program ----------------------------------------------------------------------------------
-    def build(self, cores, kernel_name):
-        """Write the whole kernel and compile it."""
-        inputs, outputs = backward_signature(self.geometry, cores)
-        self.gm = {argument.name: self.program.gm(argument) for argument in inputs + outputs}
-        with self.api.for_range(0, cores, name="core", block_num=cores) as core:
-            self._declare()
-            self._constants()
-            self.key_parts = [part(self) for part in parts(self.spec, KEY_PASS)]
-            self.query_parts = [part(self) for part in parts(self.spec, QUERY_PASS)]
-            layout.copy(self.api, Place(self.local["core"]), Place(self.gm["cores"], core * CORE_FIELDS), CORE_FIELDS)
-            bounds = [self.program.integer(self.local["core"][number], "bound") for number in range(4)]
-            with self.api.for_range(bounds[0], bounds[1], name="key_item") as item:
-                self._key_task(item // self.geometry.kv_tiles, item % self.geometry.kv_tiles)
-            with self.api.for_range(bounds[2], bounds[3], name="query_item") as item:
-                self._query_task(item // self.geometry.q_tiles, item % self.geometry.q_tiles)
-        self.api.BuildCCE(
-            kernel_name=kernel_name,
-            inputs=[self.gm[argument.name] for argument in inputs],
-            outputs=[self.gm[argument.name] for argument in outputs],
-        )
-        return self.api
-
-    def _declare(self):
-        """All local buffers, inside the cores' loop; the inner loops declare theirs, twice, for double buffering."""
-        self.cube = Cube(self.program)
-        self.buffers = {buffer.name: buffer for buffer in backward_buffers(self.geometry)}
-        for name, buffer in self.buffers.items():
-            if buffer.copies == 1 and buffer.scope not in ("L0A", "L0B"):
-                self.local[name] = self.program.local(buffer)
-
     def _constants(self):
-        """What stays the same for all tasks of a core."""
-        api, local = self.api, self.local
-        fill(api, Lanes(local["zeros"], 0, 1), 0.0, self.buffers["zeros"].elements // 16, mask=16)
-        layout.copy(api, Place(local["zeros_l1"]), Place(local["zeros"]), FRACTAL * FRACTAL)
-        if "scale" in local:
-            fill(api, Lanes(local["scale"]), self.spec.scale, 1)
-        if "index" in local:
-            masks.index_tile(api, local["index"], self.tiles.kv, masks.UNIT)
-        if "key_index" in local:
-            masks.index_tile(api, local["key_index"], self.tiles.kv)
+        super()._constants()
+        layout.copy(self.api, Place(self.local["zeros_l1"]), Place(self.local["zeros"]), FRACTAL * FRACTAL)
+        layout.copy(self.api, Place(self.local["factors"]), Place(self.gm["factors"]), 2 * LANES)
+
+    def _work(self, first_key, stop_key, first_query, stop_query):
+        self.key_parts = [part(self) for part in parts(self.geometry, KEY_PASS)]
+        self.query_parts = [part(self) for part in parts(self.geometry, QUERY_PASS)]
+        with self.api.for_range(first_key, stop_key, name="key_item") as item:
+            self._key_task(item // self.geometry.kv_tiles, item % self.geometry.kv_tiles)
+        with self.api.for_range(first_query, stop_query, name="query_item") as item:
+            self._query_task(item // self.geometry.q_tiles, item % self.geometry.q_tiles)
 
     # --- the two passes ---------------------------------------------------------------------------
     def _key_task(self, kv_head, key_tile):
@@ -104,7 +79,7 @@ class _Backward:
             self.clear_sums(self.local["sums"][number * self.tiles.kv * depth], self.tiles.kv, depth)
         with api.for_range(0, spec.group, name="member") as member:
             head = kv_head * spec.group + member
-            self._slopes(head)
+            self.load_slopes(head)
             for part in self.key_parts:
                 part.start(head, key_tile)
             with api.for_range(first, stop, name="q_tile", thread_num=2) as q_tile:
@@ -112,12 +87,11 @@ class _Backward:
                 self._load_queries(query, d_out, head, q_tile)
                 field = tile_row(self, q_tile)
                 pair = TilePair(self, head, q_tile, key_tile, (query, d_out, key, value), field)
-                self._work(pair, True, pair.add_key_gradients, self.key_parts)
+                self._visit(pair, True, pair.add_key_gradients, self.key_parts)
             for part in self.key_parts:
                 part.finish(head, key_tile)
-        factors = (("d_value", 2.0**-self.exponent * self._kept), ("d_key", spec.scale * self._kept))
-        for number, (name, factor) in enumerate(factors):
-            self._store(name, number * self.tiles.kv * depth, kv_head, key_tile, factor)
+        for number, name in enumerate(("d_value", "d_key")):
+            self._store_key_gradient(name, number * self.tiles.kv * depth, kv_head, key_tile)
 
     def _query_task(self, head, q_tile):
         """dQ of one query tile: all key tiles that it sees."""
@@ -125,7 +99,7 @@ class _Backward:
         self.field = field = tile_row(self, q_tile, ("first", "stop"))
         query, d_out = self.local["query_resident"], self.local["d_out_resident"]
         self._load_queries(query, d_out, head, q_tile)
-        self._slopes(head)
+        self.load_slopes(head)
         for piece in range(self.geometry.pieces):
             self.clear_sums(self.local["sums"][piece * self.rows * depth], self.rows, depth)
         for part in self.query_parts:
@@ -134,12 +108,12 @@ class _Backward:
             key, value = (self.program.local(self.buffers[name]) for name in ("key_stream", "value_stream"))
             self._load_keys(key, value, head // self.spec.group, key_tile)
             pair = TilePair(self, head, q_tile, key_tile, (query, d_out, key, value), field)
-            self._work(pair, False, pair.add_query_gradient, self.query_parts)
+            self._visit(pair, False, pair.add_query_gradient, self.query_parts)
         for part in self.query_parts:
             part.finish(head, q_tile)
         self._store_query_gradient(head, q_tile)
 
-    def _work(self, pair, with_probs, add_gradients, operand_parts):
+    def _visit(self, pair, with_probs, add_gradients, operand_parts):
         """All pieces of a pair, phase by phase: the cube works for one piece while the vector unit works on another."""
         pieces = range(self.geometry.pieces)
         for piece in pieces:
@@ -152,21 +126,6 @@ class _Backward:
             add_gradients(piece)
             for part in operand_parts:
                 part.cube(pair, piece)
-
-    @property
-    def _kept(self):
-        """Products of kept probabilities lack this factor."""
-        return 1.0 / (1.0 - self.spec.dropout_rate)
-
-    def _slopes(self, head):
-        """The head's slope, and its products with the key index, of both signs."""
-        if self.spec.alibi_shape is None:
-            return
-        layout.copy(self.api, Place(self.local["slope"]), Place(self.gm["slopes"], head * 16), 16)
-        for sign in (0, 1):
-            tile = Place(self.local["slope_tiles"], sign * self.tiles.kv * 16)
-            slope = Lanes(self.local["slope"], sign * 8, 0)
-            masks.slope_tile(self.api, tile, self.local["key_index"], slope, self.tiles.kv)
 
     def clear_sums(self, dst, rows, columns):
         """Zero a zN tile of L0C by a product of zeros: it is then right for tasks that visit nothing, too."""
@@ -215,14 +174,15 @@ class _Backward:
         columns = Place(dst.tensor, dst.offset + size.tile * size.columns)
         layout.copy(self.api, columns, extra, size.tile * FRACTAL)
 
-    def _store(self, name, offset, kv_head, key_tile, factor):
-        """A key tile's gradient from L0C to global memory, as far as its rows exist."""
+    def _store_key_gradient(self, name, offset, kv_head, key_tile):
+        """dK or dV of a key tile from L0C to global memory, as far as its rows exist."""
         geometry, keys = self.geometry, self.tiles.kv
         start = kv_head * (geometry.depth * geometry.kv_rows) + key_tile * (keys * 16)
 
         def store(rows):
-            target = Place(self.gm[name], start)
-            self._store_tile(target, Place(self.local["sums"], offset), geometry.kv_rows, keys, rows, factor)
+            self._store_tile(
+                name, start, Place(self.local["sums"], offset), Rows(FRACTAL, geometry.kv_rows, keys, rows)
+            )
 
         self.program.with_tail(key_tile, geometry.kv_tiles, keys, geometry.kv_tail, store)
 
@@ -235,19 +195,22 @@ class _Backward:
                 wanted = max(0, min(rows, existing - piece * rows))
                 if wanted:
                     row = q_tile * self.tiles.q + piece * rows
-                    target = Place(self.gm["d_query"], head * (geometry.depth * geometry.q_rows) + row * 16)
+                    start = head * (geometry.depth * geometry.q_rows) + row * 16
                     source = Place(self.local["sums"], piece * rows * geometry.depth)
-                    self._store_tile(target, source, geometry.q_rows, rows, wanted, self.spec.scale * self._kept)
+                    self._store_tile("d_query", start, source, Rows(FRACTAL, geometry.q_rows, rows, wanted))
 
         self.program.with_tail(q_tile, geometry.q_tiles, self.tiles.q, geometry.q_tail, store)
 
-    def _store_tile(self, dst, src, total, tile, rows, factor):
-        """``factor`` times a zN tile of L0C as fp16 rows, sixteen columns at a time."""
-        api, elements = self.api, tile * FRACTAL
+    def _store_tile(self, name, start, src, size):
+        """A zN tile of L0C, times its row of 'factors', as fp16 rows from element ``start`` of tensor ``name`` on.
+
+        Sixteen columns at a time; ``size``: the :class:`Rows` of such a column group.
+        """
+        api, elements = self.api, size.tile * FRACTAL
+        lanes = Lanes(self.local["factors"], _FACTOR[name] * LANES, 0)
         for group in range(self.geometry.depth // FRACTAL):
-            wide, half = (self.local["{}{}".format(name, group % 2)] for name in ("result", "result_half"))
-            layout.drain(api, Place(wide), Place(src.tensor, src.offset + group * elements), 1, tile // FRACTAL)
-            with_scalar(api.vec_muls, Lanes(wide), Lanes(wide), factor, elements // 64)
-            convert(api, Lanes(half, 0, 4), Lanes(wide), elements // 64)
-            target = Place(dst.tensor, dst.offset + group * (total * FRACTAL))
-            layout.store_rows(api, target, Place(half), Rows(FRACTAL, total, tile, rows))
+            wide, half = (self.local["{}{}".format(buffer, group % 2)] for buffer in ("result", "result_half"))
+            layout.drain(api, Place(wide), Place(src.tensor, src.offset + group * elements), 1, size.tile // FRACTAL)
+            binary(api.vec_mul, Lanes(wide), Lanes(wide), lanes, elements // LANES)
+            convert(api, Lanes(half, 0, 4), Lanes(wide), elements // LANES)
+            layout.store_rows(api, Place(self.gm[name], start + group * (size.total * FRACTAL)), Place(half), size)

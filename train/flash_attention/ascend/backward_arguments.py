@@ -12,10 +12,16 @@ from flash_attention.ascend.geometry import FRACTAL
 from flash_attention.ascend.program import GmTensor
 from flash_attention.ascend.signature import BOUND_ROWS, key_matrix, packed_operands, query_matrix
 from flash_attention.ascend.tasks import CORE_FIELDS, TILE_FIELDS
+from flash_attention.ascend.tile_ops.vector import LANES
 
-COARSE = 256.0
-"""Unit of the first of a statistic's three fp16 parts: they reach 256 * 65504 and resolve 2**-33 of the value."""
 LARGEST = 65504.0
+COARSE = 1024.0
+"""Unit of the first of a statistic's three fp16 parts. They resolve 2**-33 of the value and reach 1024 * 65504: a logit
+at the end of fp16's range, divided by the smallest scale that is taken."""
+ROOM = 2.0**15
+"""What ``|dP - delta|`` is kept within: half of fp16's range."""
+MOST_EXPONENT = 14
+"""Cotangents are divided by at most 2**14, whose reciprocal is a normal fp16: enough for products up to 2**29."""
 HIDING = 3
 """The extra column that lowers all scores of a key that does not exist by COARSE * LARGEST, before the scale."""
 KEPT = 16.0
@@ -41,6 +47,7 @@ def backward_signature(geometry, cores):
         query_matrix(geometry, "d_out"),
         GmTensor("query_columns", "float16", columns, "extra columns of query and d_out"),
         GmTensor("key_columns", "float16", (keys, FRACTAL), "extra columns of key and value"),
+        GmTensor("factors", "float32", (2, LANES), "what dV, and what dQ and dK, are multiplied by"),
     ]
     inputs += packed_operands(geometry, kept=16)
     if spec.dropout_rate:
@@ -53,7 +60,7 @@ def backward_signature(geometry, cores):
     inputs.append(GmTensor("tiles", "int32", (geometry.q_tiles, len(TILE_FIELDS)), "tasks.query_tiles"))
     inputs.append(GmTensor("cores", "int32", (cores, CORE_FIELDS), "tasks.split of the key and of the query tiles"))
     outputs = [query_matrix(geometry, "d_query"), key_matrix(geometry, "d_key"), key_matrix(geometry, "d_value")]
-    return inputs, outputs + [part.output(geometry) for part in backward_operands.parts(spec)]
+    return inputs, outputs + [part.output(geometry) for part in backward_operands.parts(geometry)]
 
 
 def needs_positions(spec):
@@ -82,6 +89,33 @@ def probability_exponent(geometry):
     first, last = tasks.visible_keys(geometry.plan())
     seen = np.mean(np.maximum(last - first + 1, 1))
     return int(np.log2(seen) / 2.0)
+
+
+def cotangent_exponent(spec, value, d_out, d_lse):
+    """0 <= j <= MOST_EXPONENT: divided by 2**j, cotangents give no ``|dP - delta|``, and so no dS, beyond :data:`ROOM`.
+
+    Neither dP nor delta without d_lse exceeds D max|dO| max|V|. Gradients are linear in the cotangents: the kernel
+    multiplies them by 2**j again, in fp32, where they are stored (:func:`result_factors`).
+    """
+    bound = 2.0 * spec.head_dim * _top(d_out) * _top(value) + _top(d_lse)
+    return min(max(0, int(np.ceil(np.log2(max(bound, 1.0) / ROOM)))), MOST_EXPONENT)
+
+
+def _top(x):
+    """Largest finite magnitude, 0 when there is none."""
+    x = np.abs(np.asarray(x, np.float64))
+    return float(np.max(x, initial=0.0, where=np.isfinite(x)))
+
+
+def result_factors(geometry, power):
+    """fp32 (2, LANES), the same in every lane: what the kernel's sums for dV, and for dQ and dK, lack.
+
+    ``power`` is what the cotangents were divided by; 2**k is in P, the scale not in dS, dropout's share in neither.
+    """
+    spec = geometry.spec
+    gain = power / (1.0 - spec.dropout_rate)
+    factors = [2.0 ** -probability_exponent(geometry) * gain, spec.scale * gain]
+    return np.repeat(np.float32(factors)[:, None], LANES, axis=1)
 
 
 def row_statistics(geometry, out, lse, d_out, d_lse):
@@ -155,11 +189,14 @@ def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out,
         lse, d_lse: float32 (B, N, Sq).
     """
     spec, constants = geometry.spec, backward_constants(geometry, cores)
+    power = 2.0 ** cotangent_exponent(spec, value, d_out, d_lse[~np.isneginf(lse)])
+    d_out, d_lse = (d_out.astype(np.float32) / power).astype(np.float16), d_lse / power
     subtrahends = row_statistics(geometry, out, lse, d_out, d_lse)
     feed = {name: host.to_nz(x) for name, x in zip(("query", "key", "value", "d_out"), (query, key, value, d_out))}
     columns = pack_query_columns(geometry, subtrahends)
     feed["query_columns"] = columns.reshape(geometry.batch_heads + columns.shape[1:])
     feed["key_columns"] = constants.pop("key_columns")
+    feed["factors"] = result_factors(geometry, power)
     if spec.mask_shape is not None:
         packed = host.pack_mask(geometry, operands.mask)
         feed["mask"] = np.where(packed == 0.0, np.float16(KEPT), packed)
@@ -177,10 +214,11 @@ def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out,
     return feed
 
 
-def unpack_backward(geometry, outputs):
+def unpack_backward(geometry, outputs, factors):
     """Kernel outputs -> gradients by name: 'query', 'key', 'value' in float16, 'bias' and 'slopes' in float32.
 
-    Shapes are those of the tensors; 'bias' and 'slopes' are there when the spec has them.
+    Shapes are those of the tensors; 'bias' and 'slopes' are there when the kernel gives them. ``factors``: the argument
+    of that name, which the kernel has applied to the first three.
     """
     spec = geometry.spec
     lengths = (spec.q_len, spec.kv_len, spec.kv_len)
@@ -188,15 +226,15 @@ def unpack_backward(geometry, outputs):
         name: host.from_nz(x, length, spec.head_dim)
         for name, x, length in zip(("query", "key", "value"), outputs, lengths)
     }
-    sums = {part.output(geometry).name: x for part, x in zip(backward_operands.parts(spec), outputs[3:])}
-    kept = 1.0 / (1.0 - spec.dropout_rate)
+    sums = {part.output(geometry).name: x for part, x in zip(backward_operands.parts(geometry), outputs[3:])}
+    gain = factors[1, 0] / np.float32(spec.scale)
     if "bias_tiles" in sums:
-        grads["bias"] = kept * _reduce_to(_from_tiles(geometry, sums["bias_tiles"]), spec.bias_shape)
+        grads["bias"] = gain * _reduce_to(_from_tiles(geometry, sums["bias_tiles"]), spec.bias_shape)
     if "bias_sums" in sums:
         per_key = sums["bias_sums"].reshape(spec.batch, spec.heads, 1, -1)[..., : spec.kv_len]
-        grads["bias"] = kept * _reduce_to(per_key, spec.bias_shape)
+        grads["bias"] = gain * _reduce_to(per_key, spec.bias_shape)
     if "slope_sums" in sums:
-        d_slopes = kept * _slope_gradients(spec, sums["slope_sums"])
+        d_slopes = gain * _slope_gradients(spec, sums["slope_sums"])
         grads["slopes"] = d_slopes if len(spec.alibi_shape) == 2 else d_slopes.sum(axis=0)
     return grads
 

@@ -1,16 +1,11 @@
-"""Which local buffers the backward kernel needs, and the largest tiles whose buffers fit."""
-
-from dataclasses import replace
+"""Which local buffers the backward kernel needs: the kernel declares this list."""
 
 from flash_attention.ascend import backward_operands
-from flash_attention.ascend.budget import PREFERRED, Budget
-from flash_attention.ascend.chips import ASCEND_910A
-from flash_attention.ascend.geometry import FRACTAL, Geometry, KernelTiles, round_up
+from flash_attention.ascend.geometry import FRACTAL
 from flash_attention.ascend.program import Buffer
 from flash_attention.ascend.tasks import CORE_FIELDS, TILE_FIELDS
 from flash_attention.ascend.tile_ops.matmul import FRACTAL_ELEMENTS, cube_buffers
 from flash_attention.ascend.tile_ops.vector import HALF_LANES, LANES
-from flash_attention.core.tiling import get_strategy
 
 
 def needs_fp32_scores(spec):
@@ -21,7 +16,7 @@ def needs_fp32_scores(spec):
 def backward_buffers(geometry):
     """Every local :class:`~flash_attention.ascend.program.Buffer` of the backward kernel."""
     buffers = _unified_buffer(geometry) + _operand_buffers(geometry) + _l1(geometry) + _cube(geometry)
-    for part in backward_operands.parts(geometry.spec):
+    for part in backward_operands.parts(geometry):
         buffers += part.buffers(geometry)
     return buffers
 
@@ -42,6 +37,7 @@ def _unified_buffer(geometry):
         ("result_half0", "float16", column_group, "the same, to be stored"),
         ("result_half1", "float16", column_group, "the next 16 columns"),
         ("zeros", "float16", FRACTAL * max(FRACTAL, *tails), "rows that do not exist, and a fractal of zeros"),
+        ("factors", "float32", 2 * LANES, "what dV, and what dQ and dK, are multiplied by"),
         ("key_task", "int32", 8, "row of the key-major task table"),
         ("tile", "int32", len(TILE_FIELDS), "row of the query tiles' table"),
         ("core", "int32", CORE_FIELDS, "row of the core table"),
@@ -62,7 +58,7 @@ def _operand_buffers(geometry):
     if band.bounded_below or band.bounded_above:
         rows.append(("index", "float32", keys * FRACTAL, "key index in the tile, times masks.UNIT"))
     if band.bounded_below or band.bounded_above or spec.alibi_shape is not None:
-        rows.append(("bound", "float32", statistic, "first key, last key or position of a piece's queries"))
+        rows.append(("relative", "float32", statistic, "bound or position - first key of tile"))
         rows.append(("start", "float32", LANES, "first key of the tile"))
         rows.append(("start_int", "int32", LANES, "the same as an integer"))
     if spec.mask_shape is not None:
@@ -103,22 +99,3 @@ def _cube(geometry):
         Buffer("d_probs", "L0C", "float32", tiles.q * tiles.kv, "dP transposed - delta"),
         Buffer("sums", "L0C", "float32", max(2 * tiles.kv * depth, tiles.q * query_columns), "dV and dK, or dQ"),
     ]
-
-
-def choose_backward_tiles(spec, chip=ASCEND_910A):
-    """The backward kernel's :class:`~flash_attention.ascend.geometry.KernelTiles`.
-
-    The tile of the spec's strategy, halved until its buffers fit; its queries are worked through in two pieces, so that
-    the cube works for one while the vector unit works on the other.
-    """
-    wanted = get_strategy(spec.tiling).tiles(spec, PREFERRED)
-    tiles = KernelTiles(round_up(wanted.q), round_up(wanted.kv), 1, 1)
-    while True:
-        groups = tiles.q // FRACTAL
-        candidate = replace(tiles, groups=groups // 2 if groups % 2 == 0 else groups)
-        if Budget(backward_buffers(Geometry(spec, candidate)), chip).fits:
-            return candidate
-        if tiles.kv > FRACTAL and tiles.kv >= tiles.q:
-            tiles = replace(tiles, kv=round_up(tiles.kv // 2))
-        else:
-            tiles = replace(tiles, q=round_up(tiles.q // 2))

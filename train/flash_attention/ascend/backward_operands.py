@@ -225,6 +225,6 @@ KEY_PASS, QUERY_PASS = (BiasSums,), (BiasTiles, SlopeSums)
 """The parts of each pass, in the order of their outputs."""
 
 
-def parts(spec, of=KEY_PASS + QUERY_PASS):
-    """The classes whose work ``spec`` needs."""
-    return [part for part in of if part.wanted(spec)]
+def parts(geometry, of=KEY_PASS + QUERY_PASS):
+    """The classes whose work the kernel of ``geometry`` has to do."""
+    return [part for part in of if geometry.term_gradients and part.wanted(geometry.spec)]

@@ -7,16 +7,17 @@ that fit fp16: ``P = exp(scale * S')`` and ``dS = P * dP'``. P is 2**k times the
 Tiles that something is added to, or that a bound crosses, go through fp32 with the forward kernel's tile operations.
 """
 
+from flash_attention.ascend.score_tile import POSITION, ScoreTile, needed_fields
 from flash_attention.ascend.tasks import TILE_FIELDS
-from flash_attention.ascend.tile_ops import gradient, layout, masks
+from flash_attention.ascend.tile_ops import gradient, layout
 from flash_attention.ascend.tile_ops.layout import Place
 from flash_attention.ascend.tile_ops.matmul import FRACTAL, Operand
-from flash_attention.ascend.tile_ops.vector import HALF_LANES, LANES, Lanes, binary, convert, low_level, with_scalar
+from flash_attention.ascend.tile_ops.vector import HALF_LANES, LANES, Lanes, convert
 
 
 def tile_row(kernel, q_tile, fields=()):
     """The query tile's row of the table, as int32 Scalars by field: ``fields`` and those that a pair needs."""
-    fields = list(fields) + _fields(kernel.spec)
+    fields = list(fields) + needed_fields(kernel.spec, kernel.bounded)
     if not fields:
         return {}
     width = len(TILE_FIELDS)
@@ -24,25 +25,17 @@ def tile_row(kernel, q_tile, fields=()):
     return {name: kernel.program.integer(kernel.local["tile"][TILE_FIELDS.index(name)], name) for name in fields}
 
 
-def _fields(spec):
-    fields = []
-    fields += ["low_stop"] if spec.band.bounded_below else []
-    fields += ["high_first"] if spec.band.bounded_above else []
-    fields += ["before_stop", "after_first"] if spec.alibi_shape is not None else []
-    fields += ["strip_row", "strip_first"] if spec.compact_mask else []
-    return fields
+class TilePair(ScoreTile):
+    """One query tile and one key tile.
 
-
-class TilePair:
-    """``query``, ``d_out``, ``key``, ``value``: tiles in L1 with their extra columns; ``field``: of :func:`tile_row`.
+    ``query``, ``d_out``, ``key``, ``value``: tiles in L1 with their extra columns; ``field``: of :func:`tile_row`.
 
     A query tile lies in L1 as ``pieces`` tiles of ``groups * 16`` rows, one after the other.
     """
 
     def __init__(self, kernel, head, q_tile, key_tile, tensors, field):
-        self.kernel, self.api, self.local, self.gm = kernel, kernel.api, kernel.local, kernel.gm
-        self.spec, self.tiles, self.geometry = kernel.spec, kernel.tiles, kernel.geometry
-        self.head, self.q_tile, self.key_tile, self.field = head, q_tile, key_tile, field
+        super().__init__(kernel, head, q_tile, field)
+        self.key_tile = key_tile
         self.query, self.d_out, self.key, self.value = tensors
         self.rows = self.tiles.groups * FRACTAL
         self.elements = self.rows * self.tiles.kv
@@ -92,7 +85,7 @@ class TilePair:
         kept = probs
         if self.spec.dropout_rate:
             kept = local["kept"]
-            self._load_operand("keep", piece, self.key_tile)
+            self.load_operand("keep", piece, self.key_tile)
             gradient.drop(api, kept, local["keep_half"], probs, local["keep"], self.elements)
         if with_probs:
             layout.copy(api, Place(local["probs_l1"], piece * self.elements), Place(kept), self.elements)
@@ -122,10 +115,10 @@ class TilePair:
     # --- exponents --------------------------------------------------------------------------------
     def _exponents(self, piece, probs):
         """``scale * S'`` and everything that changes scores, as fp16 in ``probs``."""
-        crossed = []
-        if self.spec.band.bounded_below:
+        crossed, (below, above) = [], self.kernel.bounded
+        if below:
             crossed.append(self.key_tile < self.field["low_stop"])
-        if self.spec.band.bounded_above:
+        if above:
             crossed.append(self.key_tile >= self.field["high_first"])
         if self.kernel.fp32_scores:
             self._exponents_in_fp32(piece, probs)
@@ -136,7 +129,11 @@ class TilePair:
                 self._exponents_in_fp16(piece, probs)
         else:
             self._exponents_in_fp16(piece, probs)
-        self._mask(piece, probs)
+
+        def discard(mask_groups):
+            gradient.discard(self.api, probs, self.local["mask"], self.tiles.groups, self.tiles.kv, mask_groups)
+
+        self.mask(piece, self.key_tile, discard)
 
     def _exponents_in_fp16(self, piece, probs):
         layout.drain(
@@ -146,82 +143,19 @@ class TilePair:
 
     def _exponents_in_fp32(self, piece, probs):
         """Scale, bias, ALiBi and bounds; ``lse`` covers them all, so the sum is an exponent again."""
-        api, local, groups, keys = self.api, self.local, self.tiles.groups, self.tiles.kv
-        work = local["work"]
-        layout.drain(api, Place(work), Place(local["scores"], piece * self.elements), 1, self.elements // 256)
-        factor = Lanes(local["scale"], 0, 0)
-        if self.spec.bias_shape is not None:
-            bias_groups = self._load_operand("bias", piece, self.key_tile)
-            masks.add_bias(api, work, Place(local["bias"]), groups, keys, bias_groups, factor)
-            factor = None
-        if self.spec.alibi_shape is not None:
-            self._alibi(piece, factor)
-            factor = None
-        if factor is not None:
-            with_scalar(api.vec_muls, Lanes(work), Lanes(work), self.spec.scale, groups * keys // 4)
-        if self.spec.band.bounded_below:
-            with api.if_scope(self.key_tile < self.field["low_stop"]):
-                bound = self._relative(0, piece, masks.UNIT)
-                masks.hide_before(api, work, bound, local["index"], local["scratch"], groups, keys)
-        if self.spec.band.bounded_above:
-            with api.if_scope(self.key_tile >= self.field["high_first"]):
-                bound = self._relative(1, piece, masks.UNIT)
-                masks.hide_after(api, work, bound, local["index"], local["scratch"], groups, keys)
-        convert(api, Lanes(probs, 0, 4), Lanes(work), groups * keys // 4)
+        work = self.local["work"]
+        layout.drain(self.api, Place(work), Place(self.local["scores"], piece * self.elements), 1, self.elements // 256)
+        self.add_terms(piece, self.key_tile, scaled=True)
+        self.hide(piece, self.key_tile)
+        convert(self.api, Lanes(probs, 0, 4), Lanes(work), self.elements // LANES)
 
-    def _relative(self, row, piece, unit=1.0):
-        """A row of 'bounds' for the piece's queries, minus the tile's first key, in units of ``unit``."""
-        api, local = self.api, self.local
+    def bound(self, row, piece):
+        """A row of 'bounds' for the piece's queries, from global memory to buffer 'relative'."""
         column = (row * self.geometry.q_tiles + self.q_tile) * self.tiles.q + piece * self.rows
-        layout.spread_lanes(api, Place(local["bound"]), Place(self.gm["bounds"], column), self.tiles.groups)
-        masks.first_key_of_tile(api, local["start"], local["start_int"], self.key_tile * self.tiles.kv, unit)
-        bound = Lanes(local["bound"])
-        binary(api.vec_sub, bound, bound, Lanes(local["start"], 0, 0), self.tiles.groups)
-        return bound
+        target = Lanes(self.local["relative"])
+        layout.spread_lanes(self.api, target.place, Place(self.gm["bounds"], column), self.tiles.groups)
+        return target
 
     def relative_positions(self, piece):
         """Lanes of the queries' positions, minus the tile's first key."""
-        return self._relative(2, piece)
-
-    def _alibi(self, piece, factor):
-        """``scale * S' - slope * |position - key|``; on one side of the diagonal without forming the distance."""
-        api, local, groups, keys = self.api, self.local, self.tiles.groups, self.tiles.kv
-        relative = self.relative_positions(piece)
-        with api.if_scope(self.key_tile < self.field["before_stop"]):
-            self._alibi_one_sided(relative, 0, factor)
-        with api.elif_scope(self.key_tile >= self.field["after_first"]):
-            self._alibi_one_sided(relative, 1, factor)
-        with api.else_scope():
-            args = local["key_index"], Lanes(local["slope"], 8, 0), local["scratch"], groups, keys, factor
-            masks.add_alibi(api, local["work"], relative, *args)
-
-    def _alibi_one_sided(self, relative, sign, factor):
-        """-slope * (position - key) before the diagonal (sign 0), its negative after it (sign 1)."""
-        api, local, groups, keys = self.api, self.local, self.tiles.groups, self.tiles.kv
-        tile = Place(local["slope_tiles"], sign * keys * 16)
-        masks.add_bias(api, local["work"], tile, groups, keys, 1, factor)
-        lanes = Lanes(local["lane_bias"])
-        low_level(api.vmul, lanes, relative, Lanes(local["slope"], 8 * (1 - sign), 0), groups, blocks=(1, 1, 0))
-        for group in range(groups):
-            score = Lanes(local["work"], group * keys * 16)
-            binary(api.vec_add, score, score, Lanes(local["lane_bias"], group * LANES, 0), keys // 4)
-
-    def _mask(self, piece, probs):
-        api, groups, keys = self.api, self.tiles.groups, self.tiles.kv
-        if self.spec.compact_mask:
-            strip = self.key_tile - self.field["strip_first"]
-            tiles = self.gm["mask"].shape[3]
-            with api.if_scope(self.kernel.tik.all(strip >= 0, strip < tiles)):
-                self._load_operand("mask", piece, strip, self.field["strip_row"])
-                gradient.discard(api, probs, self.local["mask"], groups, keys, groups)
-        elif self.spec.mask_shape is not None:
-            mask_groups = self._load_operand("mask", piece, self.key_tile)
-            gradient.discard(api, probs, self.local["mask"], groups, keys, mask_groups)
-
-    def _load_operand(self, name, piece, key_tile, q_tile=None):
-        """One piece of a packed operand to its buffer in UB, see :func:`layout.load_operand`."""
-        q_tile = self.q_tile if q_tile is None else q_tile
-        return layout.load_operand(
-            self.api, self.local[name], self.gm[name], self.head, self.spec.heads, q_tile, key_tile, piece,
-            self.tiles.groups,
-        )  # fmt: skip
+        return self.relative(POSITION, piece, self.key_tile)

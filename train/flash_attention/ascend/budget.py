@@ -1,30 +1,14 @@
-"""Which local buffers a forward kernel needs, and the largest tiles whose buffers fit: the kernel declares this list.
+"""Which local buffers a forward kernel needs: the kernel declares this list.
 
 ``print(Budget(...))`` shows every buffer with its size; a kernel cannot use one that is not listed here.
 """
 
-from dataclasses import replace
-
 from flash_attention.ascend.chips import ASCEND_910A
-from flash_attention.ascend.geometry import FRACTAL, Geometry, KernelTiles, round_up
+from flash_attention.ascend.geometry import FRACTAL
 from flash_attention.ascend.program import Buffer
 from flash_attention.ascend.tasks import CORE_FIELDS, TASK_HEAD, TILE_FIELDS
 from flash_attention.ascend.tile_ops.matmul import FRACTAL_ELEMENTS, cube_buffers
 from flash_attention.ascend.tile_ops.vector import LANES
-from flash_attention.core.plan import make_plan
-from flash_attention.core.tiling import get_strategy
-from flash_attention.core.tiling.base import Tile
-
-PREFERRED = Tile(128, 128)
-"""128 x 128 x 128 products fill half of L0A and L0B, so that one half is loaded while the cube reads the other."""
-
-_LONGER = Tile(128, 256)
-"""Rescales O half as often, but wastes more where few keys are visible."""
-
-# Vector cycles of a tile of 128 queries, measured on the simulator's trace (see test_ascend_cycles.py).
-_CYCLES_PER_KEY = 12
-_CYCLES_PER_ROW = 4  # of O^T with its row sums: drained from L0C and rescaled once a key tile
-_CYCLES_PER_TILE = 88
 
 
 def forward_buffers(geometry):
@@ -146,47 +130,3 @@ class Budget:
                     size = "{} x {}".format(buffer.copies, buffer.bytes // buffer.copies)
                     lines.append("  {:<10} {:<8} {:>14}  {}".format(buffer.name, buffer.dtype, size, buffer.content))
         return "\n".join(lines)
-
-
-def preferred_tile(spec):
-    """The tile with the fewest predicted vector cycles, which the 'auto' strategy takes: (128, 256) or (128, 128)."""
-
-    def cycles(tile):
-        visited = make_plan(spec.band, spec.offset, tile.q, tile.kv).visited
-        per_tile = _CYCLES_PER_TILE + _CYCLES_PER_ROW * (round_up(spec.head_dim) + FRACTAL)
-        return visited * (_CYCLES_PER_KEY * tile.kv + per_tile)
-
-    return min((_LONGER, PREFERRED), key=cycles)
-
-
-def choose_tiles(spec, chip=ASCEND_910A):
-    """The :class:`~flash_attention.ascend.geometry.KernelTiles` of a spec.
-
-    The tile of the spec's strategy, halved until its buffers fit. Two query tiles are resident, so that cube and vector
-    unit work at the same time: whole ones where every core gets two, which halves key and value traffic, else the two
-    halves of one.
-    """
-    wanted = get_strategy(spec.tiling).tiles(spec, preferred_tile(spec))
-    q, kv = round_up(wanted.q), round_up(wanted.kv)
-    if spec.batch * spec.heads * -(-spec.q_len // q) < 2 * chip.cores:
-        q = round_up(q // 2)
-    while True:
-        resident = 2 if spec.q_len > q else 1
-        tiles = fit_groups(spec, KernelTiles(q, kv, resident, q // FRACTAL), chip)
-        if tiles is not None:
-            return tiles
-        if q > FRACTAL and q >= kv // 2:
-            q = round_up(q // 2)
-        else:
-            kv = round_up(kv // 2)
-
-
-def fit_groups(spec, tiles, chip=ASCEND_910A):
-    """``tiles`` with as many groups of queries in the Unified Buffer as fit, at most 8; None when not even one does."""
-    groups = tiles.q // FRACTAL
-    for divisor in range(1, groups + 1):
-        if groups % divisor == 0 and groups // divisor <= 8:
-            candidate = replace(tiles, groups=groups // divisor)
-            if Budget(forward_buffers(Geometry(spec, candidate)), chip).fits:
-                return candidate
-    return None

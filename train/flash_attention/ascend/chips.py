@@ -1,34 +1,42 @@
-"""Memory of the chips these kernels are built for, in bytes, and how much of it a kernel may plan with."""
+"""The chips these kernels are built for: cores and memories of each, and how much of them a kernel may plan with.
+
+Sources: the platform files of the vendor's tool chain, which name capacities and cores (``Ascend910.ini``: 32 AI cores;
+``Ascend310P3.ini``: ``ai_core_cnt=8``, where the larger 310P1 has ten).
+"""
 
 from dataclasses import dataclass
+
+_RESERVED = {"UB": 16 * 1024}
+"""Bytes that a kernel leaves to the compiler and to composite instructions."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Capacities a kernel may use, bytes a core.
+    """One product.
 
     Attributes:
         soc: name for ``set_current_compile_soc_info``.
-        simulated: the simulator's name of the chip.
         cores: AI cores.
-        capacity: pairs (scope, bytes).
+        memory: pairs (scope, bytes a core).
     """
 
     soc: str
-    simulated: str
     cores: int
-    capacity: tuple
+    memory: tuple
+
+    @property
+    def capacity(self):
+        """Pairs (scope, bytes) that a kernel may use of each memory."""
+        return tuple((scope, size - _RESERVED.get(scope, 0)) for scope, size in self.memory)
 
 
-# Of the 256 KB of UB a kernel leaves 16 KB to the compiler and to composite instructions.
-_CAPACITY = (
-    ("UB", 240 * 1024),
+_FIRST_GENERATION = (
+    ("UB", 256 * 1024),
     ("L1", 1024 * 1024),
     ("L0A", 64 * 1024),
     ("L0B", 64 * 1024),
     ("L0C", 256 * 1024),
 )
 
-ASCEND_910A = Chip("Ascend910", "Ascend910A", 32, _CAPACITY)
-ASCEND_310P = Chip("Ascend310P3", "Ascend310P3", 8, _CAPACITY)
-"""Eight of the ten cores: some products have no more."""
+ASCEND_910A = Chip("Ascend910", 32, _FIRST_GENERATION)
+ASCEND_310P = Chip("Ascend310P3", 8, _FIRST_GENERATION)

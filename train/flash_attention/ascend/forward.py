@@ -9,13 +9,12 @@ The phases of one query tile are in :mod:`query_tile`.
 """
 
 from flash_attention.ascend.budget import forward_buffers
+from flash_attention.ascend.kernel import Kernel
 from flash_attention.ascend.program import Program
 from flash_attention.ascend.query_tile import QueryTile
 from flash_attention.ascend.signature import forward_signature
-from flash_attention.ascend.tasks import CORE_FIELDS
-from flash_attention.ascend.tile_ops import layout, masks
+from flash_attention.ascend.tile_ops import layout
 from flash_attention.ascend.tile_ops.layout import Rows
-from flash_attention.ascend.tile_ops.matmul import Cube
 from flash_attention.ascend.tile_ops.vector import LANES, Lanes, Place, fill
 
 
@@ -30,62 +29,28 @@ def build_forward(tik, geometry, cores, kernel_name="flash_attention_forward", w
         with_lse: write the log-sum-exp, for training; inference leaves it out.
         disable_debug: for builds that only run on a device.
     """
-    return _Forward(Program(tik, disable_debug), geometry, with_lse).build(cores, kernel_name)
+    kernel = _Forward(Program(tik, disable_debug), geometry, with_lse)
+    return kernel.build(forward_signature(geometry, cores, with_lse), cores, kernel_name)
 
 
-class _Forward:
-    """The kernel while it is written; ``gm`` and ``local`` hold the declared tensors by name."""
+class _Forward(Kernel):
+    """The kernel while it is written."""
 
     def __init__(self, program, geometry, with_lse):
-        self.program, self.api = program, program.api
-        self.tik_all = program.tik.all
-        self.geometry, self.spec, self.tiles = geometry, geometry.spec, geometry.tiles
+        bounded = geometry.bounded_below, geometry.bounded_above
+        super().__init__(program, geometry, forward_buffers(geometry), bounded)
         self.with_lse = with_lse
         self.rows = geometry.depth + 16  # of O^T with its row sums
         self.statistic = geometry.q_groups * LANES
-        self.buffers = {buffer.name: buffer for buffer in forward_buffers(geometry)}
-        self.gm, self.local = {}, {}
-        self.cube = None
-
-    # --- program ----------------------------------------------------------------------------------
-    def build(self, cores, kernel_name):
-        """Write the whole kernel and compile it."""
-        inputs, outputs = forward_signature(self.geometry, cores, self.with_lse)
-        self.gm = {argument.name: self.program.gm(argument) for argument in inputs + outputs}
-        with self.api.for_range(0, cores, name="core", block_num=cores) as core:
-            self._declare()
-            self._constants()
-            layout.copy(self.api, Place(self.local["core"]), Place(self.gm["cores"], core * CORE_FIELDS), CORE_FIELDS)
-            start = self.program.integer(self.local["core"][0], "start")
-            stop = self.program.integer(self.local["core"][1], "stop")
-            with self.api.for_range(start, stop, name="item") as item:
-                self._task(item // self.geometry.q_tasks, item % self.geometry.q_tasks)
-        self.api.BuildCCE(
-            kernel_name=kernel_name,
-            inputs=[self.gm[argument.name] for argument in inputs],
-            outputs=[self.gm[argument.name] for argument in outputs],
-        )
-        return self.api
-
-    def _declare(self):
-        """All local buffers, inside the cores' loop; the key loop declares its own, twice, for double buffering."""
-        self.cube = Cube(self.program)
-        for name, buffer in self.buffers.items():
-            if buffer.copies == 1 and buffer.scope not in ("L0A", "L0B"):
-                self.local[name] = self.program.local(buffer)
 
     def _constants(self):
-        """What stays the same for all tasks of a core."""
-        api, local = self.api, self.local
-        fill(api, Lanes(local["half0"]), 1.0, 2, mask=128)
-        layout.copy(api, Place(local["ones_l1"]), Place(local["half0"]), 256)
-        fill(api, Lanes(local["scale"]), self.spec.scale, 1)
-        if "zeros" in local:
-            fill(api, Lanes(local["zeros"], 0, 1), 0.0, self.buffers["zeros"].elements // 16, mask=16)
-        if "index" in local:
-            masks.index_tile(api, local["index"], self.tiles.kv, masks.UNIT)
-        if "key_index" in local:
-            masks.index_tile(api, local["key_index"], self.tiles.kv)
+        super()._constants()
+        fill(self.api, Lanes(self.local["half0"]), 1.0, 2, mask=128)
+        layout.copy(self.api, Place(self.local["ones_l1"]), Place(self.local["half0"]), 256)
+
+    def _work(self, start, stop):
+        with self.api.for_range(start, stop, name="item") as item:
+            self._task(item // self.geometry.q_tasks, item % self.geometry.q_tasks)
 
     # --- one task ---------------------------------------------------------------------------------
     def _task(self, head, number):
@@ -95,8 +60,7 @@ class _Forward:
         first = self.program.integer(self.local["task"][0], "first")
         stop = self.program.integer(self.local["task"][1], "stop")
         tiles = [QueryTile(self, head, number, slot) for slot in range(self.tiles.resident)]
-        if self.spec.alibi_shape is not None:
-            self._slopes(head)
+        self.load_slopes(head)
         for tile in tiles:
             with tile.exists():
                 tile.start()
@@ -115,14 +79,6 @@ class _Forward:
         for tile in tiles:
             with tile.exists():
                 tile.store()
-
-    def _slopes(self, head):
-        """The head's slope, and its products with the key index, of both signs."""
-        layout.copy(self.api, Place(self.local["slope"]), Place(self.gm["slopes"], head * 16), 16)
-        for sign in (0, 1):
-            tile = Place(self.local["slope_tiles"], sign * self.tiles.kv * 16)
-            slope = Lanes(self.local["slope"], sign * 8, 0)
-            masks.slope_tile(self.api, tile, self.local["key_index"], slope, self.tiles.kv)
 
     def _load_keys(self, key, value, head, key_tile):
         """One tile of K and of V to L1; query heads of a group read the same ones."""

@@ -39,10 +39,14 @@ class KernelTiles:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The static half of one kernel: a spec with its tiles. Symbols: B batch, N heads, Nkv key/value heads."""
+    """The static half of one kernel: a spec with its tiles. Symbols: B batch, N heads, Nkv key/value heads.
+
+    ``term_gradients``: whether the backward kernel also gives the gradients of bias and slopes, where there are any.
+    """
 
     spec: AttentionSpec
     tiles: KernelTiles
+    term_gradients: bool = True
 
     @property
     def depth(self):

@@ -1,10 +1,9 @@
 """What the Ascend 910 kernels take: one ``supports`` for the device and for the simulator."""
 
 from flash_attention.ascend.backward_arguments import backward_signature
-from flash_attention.ascend.backward_budget import choose_backward_tiles
-from flash_attention.ascend.budget import choose_tiles
 from flash_attention.ascend.geometry import SCALE_RANGE, Geometry
 from flash_attention.ascend.signature import forward_signature
+from flash_attention.ascend.tiles import candidate_tiles
 from flash_attention.core.errors import Reason
 
 HEAD_DIM_LIMIT = 256
@@ -47,9 +46,7 @@ def _sizes(spec):
     longest = max(spec.q_len, spec.kv_len, abs(spec.offset) + spec.q_len)
     if longest > LENGTH_LIMIT:
         return Reason("q_len and kv_len", longest, "at most {} tokens".format(LENGTH_LIMIT), _REMEDY)
-    inputs, outputs = forward_signature(Geometry(spec, choose_tiles(spec)), 1, True)
-    more_inputs, more_outputs = backward_signature(Geometry(spec, choose_backward_tiles(spec)), 1)
-    for argument in inputs + outputs + more_inputs + more_outputs:
+    for argument in _possible_arguments(spec):
         elements = 1
         for size in argument.shape:
             elements *= size
@@ -57,3 +54,15 @@ def _sizes(spec):
             need = "of fewer than {} elements as the kernel takes it".format(ELEMENT_LIMIT)
             return Reason(argument.name, "{} elements".format(elements), need, _REMEDY)
     return None
+
+
+def _possible_arguments(spec):
+    """The arguments of both kernels, at every tile that they may get."""
+    found = []
+    for tiles in candidate_tiles(spec, "forward"):
+        inputs, outputs = forward_signature(Geometry(spec, tiles), 1, True)
+        found += inputs + outputs
+    for tiles in candidate_tiles(spec, "backward"):
+        inputs, outputs = backward_signature(Geometry(spec, tiles), 1)
+        found += inputs + outputs
+    return found

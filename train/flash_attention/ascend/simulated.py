@@ -8,13 +8,12 @@ import numpy as np
 from flash_attention.ascend import host
 from flash_attention.ascend.backward import build_backward
 from flash_attention.ascend.backward_arguments import pack_backward, unpack_backward
-from flash_attention.ascend.backward_budget import choose_backward_tiles
-from flash_attention.ascend.budget import choose_tiles
 from flash_attention.ascend.chips import ASCEND_910A
 from flash_attention.ascend.forward import build_forward
 from flash_attention.ascend.geometry import Geometry
 from flash_attention.ascend.limits import supports
 from flash_attention.ascend.simulator import Toolkit
+from flash_attention.ascend.tiles import choose_tiles
 from flash_attention.core.spec import Operands
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -39,7 +38,7 @@ def forward(spec, query, key, value, operands=Operands(), tiles=None, chip=ASCEN
     reason = supports(spec)
     if reason is not None:
         raise reason.error(engine="simulator")
-    geometry = Geometry(spec, tiles or choose_tiles(spec, chip))
+    geometry = Geometry(spec, tiles or choose_tiles(spec, "forward", chip))
     kernel = _forward_kernel(geometry, chip)
     return run_forward(kernel, geometry, chip.cores, query, key, value, operands)
 
@@ -66,7 +65,7 @@ def backward(spec, saved, cotangents, tiles=None, chip=ASCEND_910A):
     reason = supports(spec)
     if reason is not None:
         raise reason.error(engine="simulator")
-    geometry = Geometry(spec, tiles or choose_backward_tiles(spec, chip))
+    geometry = Geometry(spec, tiles or choose_tiles(spec, "backward", chip))
     return run_backward(_backward_kernel(geometry, chip), geometry, chip.cores, saved, cotangents)
 
 
@@ -77,7 +76,7 @@ def run_backward(kernel, geometry, cores, saved, cotangents):
         [np.asarray(x) for x in (query, key, value)] + [operands] + [np.asarray(x) for x in (out, lse) + cotangents]
     )
     feed = pack_backward(geometry, cores, *arrays)
-    grads = unpack_backward(geometry, _run(kernel, feed))
+    grads = unpack_backward(geometry, _run(kernel, feed), feed["factors"])
     if "bias" in grads:
         grads["bias"] = grads["bias"].astype(operands.bias.dtype)
     return tuple(grads.get(name) for name in ("query", "key", "value", "bias", "slopes", "sinks"))
@@ -91,9 +90,9 @@ def _run(kernel, feed):
 
 @functools.lru_cache(maxsize=64)
 def _backward_kernel(geometry, chip):
-    return build_backward(Toolkit(soc=chip.simulated).tik, geometry, chip.cores)
+    return build_backward(Toolkit(soc=chip.soc).tik, geometry, chip.cores)
 
 
 @functools.lru_cache(maxsize=64)
 def _forward_kernel(geometry, chip):
-    return build_forward(Toolkit(soc=chip.simulated).tik, geometry, chip.cores)
+    return build_forward(Toolkit(soc=chip.soc).tik, geometry, chip.cores)

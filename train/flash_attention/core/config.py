@@ -27,11 +27,11 @@ LAYER = "FlashAttention"
 class CellConfig:
     """Constructor arguments of ``FlashAttention`` in their published order, validated on construction.
 
-    ``block_size=None`` takes the tiling strategy's own unit: 128 for 'sparse' and 'auto', 64 for 'wukong'. ``layer`` is
-    the name used in messages.
+    ``head_dim=None`` takes the query's; ``head_num`` is checked against the query when given. ``block_size=None`` takes
+    the tiling strategy's own unit: 128 for 'sparse' and 'auto', 64 for 'wukong'. ``layer``: the name in messages.
     """
 
-    head_dim: int
+    head_dim: Optional[int]
     dropout_rate: float = 0.0
     prev_block_num: int = NO_LIMIT
     next_block_num: int = NO_LIMIT
@@ -47,9 +47,12 @@ class CellConfig:
     engine: Optional[str] = None
     return_lse: bool = False
     layer: str = LAYER
+    head_num: Optional[int] = None
 
     def __post_init__(self):
-        check_int(self.layer, "head_dim", self.head_dim, 1)
+        for name in ("head_dim", "head_num"):
+            if getattr(self, name) is not None:
+                check_int(self.layer, name, getattr(self, name), 1)
         check_rate(self.layer, "dropout_rate", self.dropout_rate)
         for name in ("prev_block_num", "next_block_num"):
             check_int(self.layer, name, getattr(self, name), 0)
@@ -79,11 +82,13 @@ class CellConfig:
         )
 
     def check_query(self, shape):
-        """Raise unless the query is (B, N, S, head_dim)."""
+        """Raise unless the query is (B, N, S, head_dim), with N = head_num; either may be left open by None."""
         if len(shape) != 4:
             raise invalid_value(self.layer, "query", "of rank 4 with layout BNSD", "shape {}".format(tuple(shape)))
-        if shape[3] != self.head_dim:
+        if self.head_dim is not None and shape[3] != self.head_dim:
             raise invalid_value(self.layer, "query", "of head_dim {}".format(self.head_dim), shape[3])
+        if self.head_num is not None and shape[1] != self.head_num:
+            raise invalid_value(self.layer, "query", "of {} heads, as head_num says".format(self.head_num), shape[1])
 
     def mask_shape(self, mask, batch, heads, q_len, kv_len):
         """Shape to give ``attention_mask`` before it becomes the functional ``mask``.
@@ -97,7 +102,9 @@ class CellConfig:
         """
         shape, size = tuple(mask.shape), self.block_size
         if "int" not in mask.dtype and mask.dtype != "bool" and mask.dtype not in FLOATS:
-            raise invalid_type(LAYER, "attention_mask", "a bool, int or float tensor (non-zero = discard)", mask.dtype)
+            raise invalid_type(
+                self.layer, "attention_mask", "a bool, int or float tensor (non-zero = discard)", mask.dtype
+            )
         batches, head_counts = {1, batch}, {1, heads}
         whole = {
             2: lambda: (1, 1),
@@ -107,7 +114,7 @@ class CellConfig:
         if whole is not None and shape[-2:] == (q_len, kv_len):
             if whole[0] != 1 and not self.have_attention_mask_batch:
                 raise invalid_value(
-                    LAYER,
+                    self.layer,
                     "attention_mask",
                     "of batch size 1 when have_attention_mask_batch=False",
                     "shape {}".format(shape),
@@ -117,7 +124,7 @@ class CellConfig:
         if shape in ((size, size), (1, size, size)):
             if q_len != kv_len:
                 raise invalid_value(
-                    LAYER,
+                    self.layer,
                     "attention_mask",
                     "of shape ({}, {}) when the query and key lengths differ".format(q_len, kv_len),
                     "the compact shape {}".format(shape),
@@ -125,7 +132,7 @@ class CellConfig:
                 )
             return (size, size)
         raise invalid_value(
-            LAYER,
+            self.layer,
             "attention_mask",
             "of shape ({q}, {k}), (1|{b}, {q}, {k}), (1|{b}, 1|{n}, {q}, {k}) or compact ({t}, {t})".format(
                 q=q_len, k=kv_len, b=batch, n=heads, t=size
@@ -137,15 +144,15 @@ class CellConfig:
         """Raise unless ``alibi_mask`` (a ``TensorInfo``) is allowed and of shape (1|B, N, 1|Sq, Sk)."""
         if not self.alibi:
             raise invalid_value(
-                LAYER, "alibi_mask", "None when alibi=False", "a tensor", "Construct the Cell with alibi=True."
+                self.layer, "alibi_mask", "None when alibi=False", "a tensor", "Construct the Cell with alibi=True."
             )
         if alibi_mask.dtype not in FLOATS:
-            raise invalid_type(LAYER, "alibi_mask", "a float tensor", alibi_mask.dtype)
+            raise invalid_type(self.layer, "alibi_mask", "a float tensor", alibi_mask.dtype)
         shape = tuple(alibi_mask.shape)
         good = len(shape) == 4 and (shape[0] in (1, batch) or batch == -1)
         if not (good and shape[1] == heads and shape[2] in (1, q_len) and shape[3] == kv_len):
             raise invalid_value(
-                LAYER,
+                self.layer,
                 "alibi_mask",
                 "of shape (1|{}, {}, 1|{}, {})".format(batch, heads, q_len, kv_len),
                 "shape {}".format(shape),

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 DISCARD = "non-zero = discard"
 KEEP = "keep where True or > 0"
 BOTTOM_RIGHT = "bottom-right (offset = Sk - Sq)"
+TOP_LEFT = "top-left (offset = 0)"
+LAST = BOTTOM_RIGHT + ", Sq <= Sk"
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,12 @@ class Call:
 
 _CELL_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), compact (T,T) or (1,T,T)"
 _CROSS_MASKS = "(Sq,Sk), (1|B,Sq,Sk), (1|B,1|N,Sq,Sk), key_padding_mask (B,Sk)"
+_BLOCK_MASKS = "(B,Sk), (1|B,1,1,Sk), (1|B,1|N,Sq,Sk)"
 _RANK_MASKS = "(1|B,1|N,Sq,Sk), (1|B,1|N,1,Sk): rows of this rank, keys of all"
 _FLEXIBLE_MASKS = "(B,Sk), (1|B,1|Sq,Sk), rank 4 broadcastable to (B,N,Sq,Sk)"
 _SAME = "Sq = Sk"
 _BY_POSITION = "by position in the sequence"
+_FLAGS = "(B,Sq,N), (B,Sk,N)"
 _FULL_MASKS = "broadcastable to (B,N,Sq,Sk)"
 _FUNCTION_MASKS = "broadcastable to (B,N,Sq,Sk), compact (T,T)"
 
@@ -94,6 +98,32 @@ CALLS = (
     Call("flash_attention.jax.dilated_attention", "BSND", "none", "-", "-", _SAME),
     Call("flash_attention.nn.DilatedAttention", "x (B,S,E)", "none", "-", "-", _SAME),
     Call("flash_attention.jax.DilatedAttention", "x (B,S,E)", "none", "-", "-", _SAME),
+    Call("flash_attention.nn.dynamic_sparse_attention", "BSND", "q_idx, k_idx ('qk')", KEEP, _FLAGS, TOP_LEFT),
+    Call("flash_attention.jax.dynamic_sparse_attention", "BSND", "q_idx, k_idx ('qk')", KEEP, _FLAGS, TOP_LEFT),
+    Call("flash_attention.nn.DynamicSparseAttention", "BSND", "q_idx, k_idx ('qk')", KEEP, _FLAGS, TOP_LEFT),
+    Call("flash_attention.nn.fused_landmark_attention", "BNSD", "none", "-", "-", LAST),
+    Call("flash_attention.jax.fused_landmark_attention", "BNSD", "none", "-", "-", LAST),
+    Call("flash_attention.nn.FusedLandmarkAttention", "BNSD", "none", "-", "-", LAST),
+    Call("flash_attention.nn.BlockwiseAttention", "BSND", "none (bias)", "-", "-", TOP_LEFT),
+    Call("flash_attention.jax.blockwise_compute_attn", "BSND", "none (bias)", "-", "-", TOP_LEFT),
+    Call(
+        "flash_attention.nn.BlockwiseParallel",
+        "x (B,S,E)",
+        "attention_mask",
+        KEEP,
+        _BLOCK_MASKS,
+        _SAME + ", or a cache",
+    ),
+    Call(
+        "flash_attention.jax.BlockwiseParallelJax",
+        "x (B,S,E)",
+        "attention_mask",
+        KEEP,
+        _BLOCK_MASKS,
+        _SAME + ", or a cache",
+    ),
+    Call("flash_attention.nn.ConditionalRoutedAttention", "x (B,S,E)", "mask", KEEP, "(B,S)", "none"),
+    Call("flash_attention.jax.ConditionalRoutedAttention", "x (B,S,E)", "mask", KEEP, "(B,S)", "none"),
     Call("flash_attention.nn.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
     Call("flash_attention.jax.CrossModalAttention", "x (B,Sq,E)", "attn_mask", KEEP, _CROSS_MASKS, "none"),
     Call("flash_attention_infer.nn.CachedAttention", "BSND", "none", "-", "-", _BY_POSITION),

@@ -89,14 +89,14 @@ def check_positive(layer, name, value):
     return float(value)
 
 
-def check_scale(layer, value):
+def check_scale(layer, value, name="scale"):
     """Raise unless ``value`` is None or a finite number (any sign, 0 included); returns it as a float."""
     if value is None:
         return None
     if not _is_real(value):
-        raise invalid_type(layer, "scale", "None or a finite float", "{!r} ({})".format(value, type(value).__name__))
+        raise invalid_type(layer, name, "None or a finite float", "{!r} ({})".format(value, type(value).__name__))
     if not math.isfinite(value):
-        raise invalid_value(layer, "scale", "None or a finite float", value)
+        raise invalid_value(layer, name, "None or a finite float", value)
     return float(value)
 
 

@@ -18,7 +18,7 @@ class FlashAttention:
     Symbols: B batch, N heads, Nkv key/value heads (divide N), S sequence, D head_dim.
 
     Args:
-        head_dim: D, at least 1.
+        head_dim: D, at least 1; None = the query's.
         dropout_rate: on the softmax weights, inverted, in [0, 1); acts only when called with deterministic=False.
         prev_block_num, next_block_num: blocks visible before and after the query's own; 65536 = no limit.
         tiling_stgy_name: 'sparse', 'wukong' or 'auto'; decides the default ``block_size`` (the JAX engines choose

@@ -107,7 +107,7 @@ def flash_attention(
         check_not_additive(LAYER, mask)
     cell, mask_shape, bias_shape, slopes_shape, axes = resolve(LAYER, shapes, dtypes, options, engine)
     if layout == "BSND":
-        query, key, value = _swap(query, axes), _swap(key, axes), _swap(value, axes)
+        query, key, value = swap(query, axes), swap(key, axes), swap(value, axes)
     out, lse = cell(
         query,
         key,
@@ -124,14 +124,17 @@ def flash_attention(
         dropout_seed if dropout_rate > 0 else None,
     )
     if layout == "BSND":
-        out = _swap(out, axes)
+        out = swap(out, axes)
     if return_lse:
         return out, lse
     return out
 
 
-def _swap(x, axes):
-    """BSND <-> BNSD. ``axes`` come from ``resolve``, so that a graph validates the ranks first."""
+def swap(x, axes):
+    """``x`` with two axes exchanged, as between BSND and BNSD.
+
+    ``axes`` must come out of a ``constexpr`` that has checked the rank, so that a graph checks before it transposes.
+    """
     if x.dtype == mstype.bfloat16 and on_cpu():  # the CPU has no bfloat16 transpose
         return x.astype(mstype.float32).swapaxes(axes[0], axes[1]).astype(mstype.bfloat16)
     return x.swapaxes(axes[0], axes[1])

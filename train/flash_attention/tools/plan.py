@@ -7,7 +7,7 @@ import importlib
 from flash_attention.core.errors import invalid_value
 from flash_attention.core.plan import make_plan
 from flash_attention.core.spec import NO_LIMIT, AttentionSpec
-from flash_attention.core.tiling import get_strategy, strategy_names
+from flash_attention.core.tiling import choose_tile, get_strategy, strategy_names
 from flash_attention.core.tiling.base import Tile
 from flash_attention.core.validation import check_int, check_window
 
@@ -86,5 +86,5 @@ def spec_of(args):
 def plan_of(args):
     """The :class:`~flash_attention.core.plan.TilePlan` that the arguments describe; it is the same for every head."""
     spec, strategy = spec_of(args), get_strategy(args.strategy, LAYER)
-    tile = Tile(*args.tile) if args.tile else strategy.tiles(spec, Tile(128, 128))
+    tile = Tile(*args.tile) if args.tile else choose_tile(strategy, spec, LAYER, (Tile(128, 128),))
     return make_plan(spec.band, spec.offset, tile.q, tile.kv, args.cores)

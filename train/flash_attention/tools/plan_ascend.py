@@ -8,6 +8,7 @@ import importlib
 from flash_attention.ascend import cost
 from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
 from flash_attention.ascend.schedule import PIPES
+from flash_attention.ascend.tiles import candidate_seconds, candidate_tiles
 
 CHIPS = {"910A": ASCEND_910A, "310P": ASCEND_310P}
 
@@ -20,7 +21,7 @@ def describe(args, spec):
         draw(predictions[0], args.plot)
     parts = ["Predicted for Ascend {} by the cost model, not measured on a device.".format(args.ascend)]
     for got in predictions:
-        parts += ["", "{} kernel".format(got.direction), str(got.budget), ""] + timing(got)
+        parts += ["", "{} kernel".format(got.direction), str(got.budget), ""] + choice(got, chip) + timing(got)
     parts += ["", "forward, by assumption"]
     for scenario in cost.SCENARIOS:
         got = predictions[0] if scenario is cost.ASSUMED else cost.predict(spec, "forward", chip, scenario)
@@ -28,6 +29,17 @@ def describe(args, spec):
         share = got.busy[got.bound] / got.cycles
         parts.append(line.format(scenario.name, 1e3 * got.seconds, got.bound, share, got.cube_utilisation))
     return "\n".join(parts)
+
+
+def choice(got, chip):
+    """A line on the tiles that the strategy chose from, where it had a choice."""
+    spec = got.geometry.spec
+    if len(candidate_tiles(spec, got.direction, chip)) == 1:
+        return []
+    times = candidate_seconds(spec, got.direction, chip)
+    fastest_first = sorted(times, key=times.get)
+    listed = ["{} x {} {:.3f} ms".format(tiles.q, tiles.kv, 1e3 * times[tiles]) for tiles in fastest_first]
+    return ["strategy '{}' chose the first of {}".format(spec.tiling, ", ".join(listed))]
 
 
 def timing(got):

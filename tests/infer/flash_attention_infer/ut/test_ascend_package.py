@@ -39,12 +39,11 @@ def largest_call(kind):
     """The signature of a call that has every argument which the package's operator of this kind can have."""
     spec = SPECS["everything"]
     options = {"mask_shape": spec.mask_shape, "causal": True}
-    if kind != BACKWARD:
-        options.update(bias_shape=spec.bias_shape, alibi_shape=spec.alibi_shape)
+    options.update(bias_shape=spec.bias_shape, alibi_shape=spec.alibi_shape)
     if kind != INFERENCE:
         options["dropout_rate"] = 0.2
     sizes = dict(batch=2, heads=2, kv_heads=1, q_len=40, kv_len=50, head_dim=24, dtype="float16")
-    return KernelRequest.of(kind, type(spec)(**dict(sizes, **options))).signature()
+    return KernelRequest.of(kind, type(spec)(**dict(sizes, **options)), term_gradients=False).signature()
 
 
 @pytest.mark.parametrize("soc", SOCS)
@@ -120,7 +119,7 @@ def load(package, kind):
 def build(package, request, chip):
     """The kernel of a request through the package's entry function; inputs the call does not have are None."""
     path = list(sys.path)
-    with installed_as_tbe(soc=chip.simulated):
+    with installed_as_tbe(soc=chip.soc):
         entry = getattr(load(package, request.kind), request.kind)
         operator = [one for one in package_operators() if one.kind == request.kind][0]
         given = {argument.name: describe(argument) for side in request.signature() for argument in side}
@@ -151,6 +150,20 @@ def test_training_entries_build(package, kind):
 def test_backward_entry_refuses_gradients_it_has_no_output_for(package):
     with pytest.raises(ValueError, match="bias_sums"):
         build(package, KernelRequest.of(BACKWARD, SPECS["key bias"]), ASCEND_910A)
+
+
+def test_backward_entry_takes_bias_and_slopes_without_their_gradients(package):
+    """The gradients of query, key and value are, bit for bit, those of the kernel that gives all."""
+    spec = SPECS["key bias"]
+    (query, key, value), operands, cotangents = make_tensors(spec)
+    saved = (query, key, value, operands) + simulated.forward(spec, query, key, value, operands)
+    request = KernelRequest.of(BACKWARD, spec, term_gradients=False)
+    kernel = build(package, request, ASCEND_910A)
+    got = simulated.run_backward(kernel, request.geometry, request.cores, saved, cotangents)
+    want = simulated.backward(spec, saved, cotangents)
+    assert got[3] is None and got[4] is None and want[3] is not None and want[4] is not None
+    for one, other in zip(got[:3], want[:3]):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_package_is_whole_without_this_one(package, tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.ascend import FEATURES, LOGITS, SOME_LOGITS, SOME_WINDOWS, WINDOWS, at_logit
 from support.ascend_backward import (
     NAMES,
     assert_gradients_match,
@@ -13,19 +14,21 @@ from support.ascend_backward import (
     judge_backward_kernel,
     run_backward_kernel,
 )
+from support.selection import mostly_slow, unpacked
 from support.unvisited import CALLS, poisoned
 
 import tolerances
 from conformance import Case, make_inputs, tagged
 from flash_attention.ascend import simulated
 from flash_attention.ascend.backward import build_backward
-from flash_attention.ascend.backward_arguments import pack_backward
-from flash_attention.ascend.backward_budget import backward_buffers, choose_backward_tiles
+from flash_attention.ascend.backward_arguments import cotangent_exponent, pack_backward
+from flash_attention.ascend.backward_budget import backward_buffers
 from flash_attention.ascend.budget import Budget
 from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
 from flash_attention.ascend.geometry import Geometry, KernelTiles
 from flash_attention.ascend.limits import supports
 from flash_attention.ascend.simulator import SimulatorParams, Toolkit
+from flash_attention.ascend.tiles import candidate_tiles, choose_tiles
 from flash_attention.core import reference
 from flash_attention.core.errors import UnsupportedError
 from flash_attention.core.spec import AttentionSpec, Operands
@@ -51,6 +54,7 @@ def check(case, tiles=None, **options):
     judge_backward_kernel(case, tiles, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", taken("ci"), ids=str)
 def test_one_feature_at_a_time(case):
     check(case)
@@ -63,40 +67,19 @@ def test_shared_grid(case):
 
 
 # Small tiles make every way through the kernel short: several tiles and ragged ones on both sides, one and more pieces.
-FEATURES = {
-    "causal": {"band": "causal", "lengths": (150, 190)},
-    "dead rows": {"band": "causal", "lengths": (190, 100), "cotangent": True},
-    "window": {"band": "window"},
-    "blocks": {"band": "blocks16-causal"},
-    "mask": {"mask": "heads"},
-    "key mask": {"mask": "keys"},
-    "mask, dead rows": {"mask": "rows"},
-    "compact mask": {"mask": "compact", "band": "blocks16-causal"},
-    "compact mask, offset": {"mask": "compact", "band": "blocks64", "offset": "offset23"},
-    "bias": {"bias": "full"},
-    "key bias": {"bias": "keys", "logits": "scale"},
-    "ALiBi": {"slopes": "alibi"},
-    "ALiBi, causal": {"slopes": "alibi-batch", "band": "causal"},
-    "dropout": {"dropout": 0.2},
-    "everything": {"slopes": "alibi", "bias": "heads", "mask": "dense", "band": "window", "dropout": 0.5},
-    "everything a key": {"slopes": "alibi", "bias": "keys", "mask": "keys", "band": "blocks64", "dropout": 0.5},
-}
-TILES = [
-    pytest.param(KernelTiles(64, 48, 1, 2), id="pieces"),
-    pytest.param(KernelTiles(32, 80, 1, 2), id="one piece", marks=pytest.mark.slow),
-]
+TILES = {"pieces": KernelTiles(64, 48, 1, 2), "one piece": KernelTiles(32, 80, 1, 2)}
 
 
-@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("tiles", mostly_slow(TILES, fast=["pieces"]))
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 def test_features_at_small_tiles(feature, tiles):
-    check(Case(dtype="float16", **feature), tiles)
+    check(fp16_gradients(feature), tiles)
 
 
 HEADS = (16, 40, 64, 80, 128, 160, 256)
 
 
-@pytest.mark.parametrize("head_dim", (1,) + HEADS)
+@pytest.mark.parametrize("head_dim", mostly_slow((1,) + HEADS, fast=(1, 40, 256)))
 def test_head_sizes_and_tails(head_dim):
     check(Case(dtype="float16", lengths=(130, 77), head_dim=head_dim, heads=(1, 2, 1), band="causal"))
 
@@ -108,17 +91,18 @@ def test_more_head_sizes_and_tails(head_dim, lengths):
     check(Case(dtype="float16", lengths=lengths, head_dim=head_dim, heads=(1, 2, 1), band="window"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", strategy_names())
 def test_strategies(strategy):
     """Strategies choose other tiles for the same call; the result is right with each."""
     case = Case(dtype="float16", lengths=(200, 77), head_dim=40, heads=(1, 2, 2))
-    check(case, choose_backward_tiles(replace(make_inputs(case).spec, tiling=strategy)))
+    check(case, choose_tiles(replace(make_inputs(case).spec, tiling=strategy), "backward"))
 
 
 # --- judged by the reference alone ----------------------------------------------------------------
-def plain(q_len=200, kv_len=200, head_dim=32, heads=(1, 4, 2), **options):
+def plain(q_len=200, kv_len=200, head_dim=32, heads=(1, 4, 2), tiling="sparse", **options):
     """(spec, (query, key, value), (d_out, d_lse)) of a call outside the shared list."""
-    spec = AttentionSpec(heads[0], heads[1], heads[2], q_len, kv_len, head_dim, "float16", **options)
+    spec = AttentionSpec(heads[0], heads[1], heads[2], q_len, kv_len, head_dim, "float16", tiling=tiling, **options)
     rng = np.random.default_rng(q_len)
     query, d_out = rng.standard_normal((2, heads[0], heads[1], q_len, head_dim)).astype(np.float16)
     key, value = rng.standard_normal((2, heads[0], heads[2], kv_len, head_dim)).astype(np.float16)
@@ -140,22 +124,9 @@ def assert_near(got, spec, tensors, cotangents, operands=Operands(), rtol=8e-3):
         assert tolerances.error(got[name], want[name]) <= rtol * tolerances.largest(want[name]), name
 
 
-WINDOWS = [(prev, following) for prev in (0, 1, 3, 4, 5) for following in (0, 1, 4, 5)]
-
-
-@pytest.mark.parametrize("window", [(0, 0), (1, 4), (4, 1), (5, 0)], ids=str)
-def test_block_windows(window):
-    check_window(window)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("window", mostly_slow(WINDOWS, fast=SOME_WINDOWS))
 def test_block_windows_around_the_block_count(window):
     """Five blocks of 32 tokens in tiles that do not line up with them; the first visited tile is rarely tile 0."""
-    check_window(window)
-
-
-def check_window(window):
     call = plain(150, 150, 16, (1, 1, 1), prev_block_num=window[0], next_block_num=window[1], block_size=32)
     assert_near(gradients(*call, tiles=KernelTiles(32, 48, 1, 1)), *call)
 
@@ -182,6 +153,45 @@ def test_close_scores_near_the_end_of_the_fp16_range():
     got, want = gradients(*call), reference.attention_grad(spec, query, key, value, Operands(), *cotangents)
     for name in ("query", "key", "value"):
         assert tolerances.error(got[name], want[name]) <= 2e-2 * tolerances.largest(want[name]), name
+
+
+@pytest.mark.parametrize("logit, scale", unpacked(mostly_slow(LOGITS, fast=SOME_LOGITS)))
+def test_logits_up_to_the_range_of_fp16(logit, scale):
+    """At the ends of the scales that are taken, of both signs, with lengths that end inside a tile."""
+    spec, *tensors = at_logit(logit, scale)
+    call = spec, tuple(tensors), plain(spec.q_len, spec.kv_len, spec.head_dim, (1, 1, 1))[2]
+    assert_near(gradients(*call), *call, rtol=3e-2)
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.3))
+def test_products_beyond_the_range_of_fp16(dropout):
+    """|dP - delta| beyond twice 65504 where the gradients themselves are in range."""
+    spec, tensors, (d_out, d_lse) = plain(dropout_rate=dropout)
+    operands = Operands(dropout_seed=np.uint32(5) if dropout else None)
+    cotangents = (6e3 * d_out).astype(np.float16), 6e3 * d_lse
+    value = np.repeat(tensors[2], 2, axis=1).astype(np.float64)
+    d_probs = cotangents[0].astype(np.float64) @ value.swapaxes(-1, -2)
+    assert np.abs(d_probs).max() > 2 * 65504
+    got = gradients(spec, tensors, cotangents, operands)
+    assert_near(got, spec, tensors, cotangents, operands)
+    assert 2e3 < max(tolerances.largest(got[name]) for name in ("query", "key", "value")) < 65504
+
+
+def test_division_of_cotangents_is_exact():
+    """Gradients of cotangents 16 times as large are 16 times those gradients, bit for bit."""
+    spec, tensors, (d_out, d_lse) = plain()
+    d_out = (256.0 * d_out).astype(np.float16)
+    exponents = [cotangent_exponent(spec, tensors[2], power * d_out, power * d_lse) for power in (1.0, 16.0)]
+    assert exponents[1] == exponents[0] + 4 > 4
+    ours = gradients(spec, tensors, (d_out, 256.0 * d_lse))
+    other = gradients(spec, tensors, (16 * d_out, 4096.0 * d_lse))
+    for name in ours:
+        np.testing.assert_array_equal(16 * ours[name], other[name])
+
+
+def test_small_cotangents_are_not_divided():
+    assert cotangent_exponent(AttentionSpec(1, 1, 1, 8, 8, 64, "float16"), np.ones(8), np.ones(8), np.ones(8)) == 0
+    assert cotangent_exponent(AttentionSpec(1, 1, 1, 8, 8, 64, "float16"), np.full(8, np.inf), np.zeros(0), []) == 0
 
 
 def test_bias_gradient_has_the_dtype_of_the_bias():
@@ -229,7 +239,7 @@ def test_gradients_of_grouped_heads_are_sums_over_the_group():
         np.testing.assert_allclose(grouped[name], total, rtol=2e-3, atol=4e-3)
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+@pytest.mark.parametrize("call", mostly_slow(CALLS, fast=["block window, ALiBi"]))
 def test_unvisited_keys_are_not_read(call):
     (query, key, value, d_out), (bad_key, bad_value), hidden = poisoned(call)
     options = dict(call.options, layout="BNSD")
@@ -249,6 +259,7 @@ def test_unvisited_keys_are_not_read(call):
 
 
 # --- sizes and refusals ---------------------------------------------------------------------------
+@pytest.mark.slow
 def test_1024_tokens_within_a_minute(figure):
     """Forward and backward of (1, 1, 1024, 128), built and run, right."""
     case = Case(dtype="float16", lengths=(1024, 1024), head_dim=128, heads=(1, 1, 1))
@@ -266,12 +277,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.parametrize("options", mostly_slow(OPTIONS, fast=["causal, ALiBi"]))
 def test_128k_tokens_are_built(options):
     """Built strictly (budgets, strides, IR size), not run; the kernel does not grow with the length."""
     specs = [AttentionSpec(1, 2, 2, length, length, 128, "float16", **options) for length in (8192, 131072)]
     assert all(supports(spec) is None for spec in specs)
-    kernels = [build_backward(Toolkit().tik, Geometry(spec, choose_backward_tiles(spec)), 32) for spec in specs]
+    kernels = [build_backward(Toolkit().tik, Geometry(spec, choose_tiles(spec, "backward")), 32) for spec in specs]
     small, large = (kernel.report["ir"] for kernel in kernels)
     assert large < 4000 and large < 1.2 * small
     assert kernels[1].report["peak"]["UB"] <= 240 * 1024
@@ -284,10 +295,10 @@ def test_tiles_fit_with_every_option(head_dim):
                   "dropout_rate": 0.1}  # fmt: skip
     for options in ({}, everything):
         spec = AttentionSpec(1, 8, 8, 4096, 4096, head_dim, "float16", **options)
-        tiles = choose_backward_tiles(spec)
-        assert Budget(backward_buffers(Geometry(spec, tiles))).fits
+        tiles = candidate_tiles(spec, "backward")
+        assert all(Budget(backward_buffers(Geometry(spec, one))).fits for one in tiles)
         if not options:
-            assert (tiles.q, tiles.kv) == (128, 128 if head_dim <= 128 else 64)
+            assert (tiles[0].q, tiles[0].kv) == (128, 128 if head_dim <= 128 else 64)
 
 
 def test_what_the_kernel_does_not_take_is_refused_before_it_is_built():
@@ -301,7 +312,7 @@ def test_what_the_kernel_does_not_take_is_refused_before_it_is_built():
 
 def test_tensors_of_another_kernel_are_refused():
     spec, tensors, (d_out, d_lse) = plain()
-    geometry = Geometry(spec, choose_backward_tiles(spec))
+    geometry = Geometry(spec, choose_tiles(spec, "backward"))
     with pytest.raises(RuntimeError, match="are not the kernel's arguments"):
         pack_backward(
             geometry, 2, tensors[0], tensors[1][:, :, :100], tensors[2], Operands(), d_out, d_lse, d_out, d_lse

@@ -6,6 +6,7 @@ import pytest
 from mindspore import Tensor, ops
 from support.ascend_backward import assert_gradients_match, fp16_gradients
 from support.mindspore_engines import MindSporeEngine
+from support.selection import mostly_slow
 
 from conformance import tagged
 from flash_attention.ascend import simulated
@@ -13,10 +14,11 @@ from flash_attention.core.spec import AttentionSpec, Operands
 from flash_attention.nn.layer.flash_attention import FlashAttention
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
-CASES = {"mask with dead rows", "ALiBi", "bias a key", "LSE cotangent", "one kv head"}
+NAMES = ("mask with dead rows", "ALiBi", "bias a key", "LSE cotangent", "one kv head")
+CASES = {case.name: fp16_gradients(case) for case in tagged("ci") if case.name in NAMES}
 
 
-@pytest.mark.parametrize("case", [fp16_gradients(case) for case in tagged("ci") if case.name in CASES], ids=str)
+@pytest.mark.parametrize("case", mostly_slow(CASES, fast=["ALiBi"]))
 def test_functional_call(case, mode):
     got = MindSporeEngine("simulator", ms.get_context("mode")).run(case)
     got.pop("out")

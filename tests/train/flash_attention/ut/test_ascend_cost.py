@@ -9,20 +9,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.ascend import Stage
+from support.selection import mostly_slow
 
 from flash_attention.ascend import cost, host, tasks
 from flash_attention.ascend.backward import build_backward
 from flash_attention.ascend.backward_arguments import pack_cores
-from flash_attention.ascend.budget import choose_tiles, fit_groups
 from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
 from flash_attention.ascend.forward import build_forward
 from flash_attention.ascend.geometry import KernelTiles
+from flash_attention.ascend.limits import supports
 from flash_attention.ascend.schedule import PIPES, schedule
 from flash_attention.ascend.simulator import SimulatorParams, Toolkit
 from flash_attention.ascend.simulator.trace import Span, TraceRecord
 from flash_attention.ascend.tile_ops import layout
 from flash_attention.ascend.tile_ops.matmul import Cube, Operand
 from flash_attention.ascend.tile_ops.vector import LANES, Lanes, Place, binary, unary
+from flash_attention.ascend.tiles import candidate_tiles, choose_tiles
 from flash_attention.core.errors import UnsupportedError
 from flash_attention.core.spec import AttentionSpec
 
@@ -220,25 +222,65 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("name", list(WHOLE))
-def test_the_prediction_is_the_time_of_the_whole_call(name, direction):
-    """Few short tasks say what all tasks of all cores take, walked one by one."""
-    spec = replace(AttentionSpec(1, 2, 2, 800, 800, 64, "float16"), **WHOLE[name])
-    chip = replace(ASCEND_910A, cores=2)
-    tiles = KernelTiles(128, 128, 2, 4) if direction == "forward" else KernelTiles(128, 128, 1, 4)
-    got = predict(spec, direction, chip, tiles=tiles)
-    want = max(whole_cores(spec, direction, tiles, chip))
-    assert near(got.cycles, want, 0.03)
+@pytest.mark.parametrize("direction", mostly_slow(["forward", "backward"], fast=["forward"]))
+def test_the_prediction_is_the_time_of_the_whole_call(direction, figure):
+    """Few short tasks say what all tasks of all cores take, walked one by one; single tasks may be off the line."""
+    chip, worst, off_line = replace(ASCEND_910A, cores=2), 0.0, 0.0
+    for options in WHOLE.values():
+        spec = replace(AttentionSpec(1, 2, 2, 800, 800, 64, "float16"), **options)
+        tiles = KernelTiles(128, 128, 2, 4) if direction == "forward" else KernelTiles(128, 128, 1, 4)
+        got = predict(spec, direction, chip, tiles=tiles)
+        worst = max(worst, abs(got.cycles / max(whole_cores(spec, direction, tiles, chip)) - 1))
+        off_line = max(off_line, got.residual)
+    if direction == "forward":
+        figure("cost model, forward, 800 tokens, call off the walk over all tasks", 100 * worst, 3, "%")
+        figure("cost model, forward, 800 tokens, residual of single tasks", 100 * off_line, 15, "%")
+    else:
+        figure("cost model, backward, 800 tokens, call off the walk over all tasks", 100 * worst, 4, "%")
+        figure("cost model, backward, 800 tokens, residual of single tasks", 100 * off_line, 15, "%")
 
 
-@pytest.mark.parametrize("options, longer", [({}, True), ({"causal": True, "prev_block_num": 4}, False)])
-def test_the_auto_strategy_takes_the_tile_that_the_model_finds_faster(options, longer):
+LARGE = {
+    "causal, 64": {"causal": True, "head_dim": 64},
+    "grouped": {"kv_heads": 2},
+    "window of 16 blocks": {"causal": True, "prev_block_num": 16},
+}
+
+
+@pytest.mark.slow
+def test_residual_of_large_calls(figure):
+    """Time = a + b x visited tiles within 5% where a task visits many tiles and lengths are whole tiles."""
+    calls = [(replace(CALL, **options), direction) for options in LARGE.values() for direction in cost.FLOPS]
+    worst = max(predict(replace(spec, tiling="sparse"), direction).residual for spec, direction in calls)
+    figure("cost model, calls of 4096 tokens, residual of the fits", 100 * worst, 5, "%")
+
+
+AUTO = {
+    "dense": ({}, "forward"),
+    "narrow window": ({"causal": True, "prev_block_num": 1, "next_block_num": 0}, "forward"),
+    "backward": ({}, "backward"),
+}
+
+
+@pytest.mark.parametrize("options, direction", AUTO.values(), ids=list(AUTO))
+def test_auto_takes_the_tiles_that_the_model_finds_fastest(options, direction):
     spec = replace(CALL, **options)
-    tiles = [fit_groups(spec, KernelTiles(128, keys, 2, 8)) for keys in (128, 256)]
-    times = [predict(spec, tiles=tile).seconds for tile in tiles]
-    assert choose_tiles(spec) == tiles[longer]
-    assert times[longer] < times[not longer]
+    times = {tiles: predict(spec, direction, tiles=tiles).seconds for tiles in candidate_tiles(spec, direction)}
+    assert len(times) > 1
+    assert times[choose_tiles(spec, direction)] == min(times.values())
+    assert choose_tiles(replace(spec, tiling="sparse"), direction).kv == 128
+
+
+def test_auto_does_not_take_one_tile_for_all():
+    narrow = replace(CALL, causal=True, prev_block_num=1, next_block_num=0)
+    assert (choose_tiles(CALL).kv, choose_tiles(narrow).kv) == (256, 128)
+
+
+def test_the_model_is_not_asked_where_there_is_no_choice(monkeypatch):
+    monkeypatch.setattr(cost, "predict", None)
+    assert choose_tiles(replace(CALL, tiling="wukong")).q == 64
+    assert choose_tiles(replace(CALL, q_len=1000, kv_len=100)).kv == 112
+    assert supports(replace(CALL, q_len=5000)) is None
 
 
 @pytest.mark.slow

@@ -5,18 +5,29 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.ascend import assert_kernel_matches, fp16_case, run_kernel
+from support.ascend import (
+    FEATURES,
+    LOGITS,
+    SOME_LOGITS,
+    SOME_WINDOWS,
+    WINDOWS,
+    assert_kernel_matches,
+    at_logit,
+    fp16_case,
+    run_kernel,
+)
+from support.selection import mostly_slow, unpacked
 from support.unvisited import CALLS, poisoned
 
 import tolerances
 from conformance import Case, make_inputs, random_cases, run_naive, run_reference, tagged
 from flash_attention.ascend import host, simulated
-from flash_attention.ascend.budget import choose_tiles
 from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
 from flash_attention.ascend.forward import build_forward
 from flash_attention.ascend.geometry import Geometry, KernelTiles
 from flash_attention.ascend.limits import supports
 from flash_attention.ascend.simulator import Toolkit
+from flash_attention.ascend.tiles import choose_tiles
 from flash_attention.core import reference
 from flash_attention.core.errors import UnsupportedError
 from flash_attention.core.spec import AttentionSpec, Operands
@@ -39,6 +50,7 @@ def check(case, tiles=None, **options):
     assert_kernel_matches(case, run_kernel(case, tiles, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", taken("ci"), ids=str)
 def test_one_feature_at_a_time(case):
     check(case)
@@ -67,23 +79,6 @@ def test_random_calls():
 
 # Small tiles make every way through the kernel short: several tiles and ragged ones on both sides, tasks with one tile
 # too few, pieces, trees of maxima that end in an odd number.
-FEATURES = {
-    "causal": {"band": "causal", "lengths": (110, 150)},
-    "dead rows": {"band": "causal", "lengths": (150, 90)},
-    "window": {"band": "window"},
-    "blocks": {"band": "blocks16-causal"},
-    "mask": {"mask": "heads"},
-    "key mask": {"mask": "keys"},
-    "mask, dead rows": {"mask": "rows"},
-    "compact mask": {"mask": "compact", "band": "blocks16-causal"},
-    "compact mask, offset": {"mask": "compact", "band": "blocks64", "offset": "offset23"},
-    "bias": {"bias": "full"},
-    "key bias": {"bias": "keys", "logits": "scale"},
-    "ALiBi": {"slopes": "alibi"},
-    "ALiBi, causal": {"slopes": "alibi-batch", "band": "causal"},
-    "dropout": {"dropout": 0.2},
-    "everything": {"slopes": "alibi", "bias": "heads", "mask": "dense", "band": "window", "dropout": 0.5},
-}
 TILES = {
     "resident": KernelTiles(32, 48, 2, 2),
     "pieces": KernelTiles(64, 32, 1, 2),
@@ -91,21 +86,24 @@ TILES = {
 }
 
 
-@pytest.mark.parametrize("tiles", TILES.values(), ids=list(TILES))
-@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+# Every feature and every kind of tiles in the fast suite, all pairs in the slow one.
+PAIRS = {"{}, {}".format(*names): (FEATURES[names[0]], TILES[names[1]]) for names in itertools.product(FEATURES, TILES)}
+IN_TURN = ["{}, {}".format(*names) for names in zip(FEATURES, itertools.cycle(TILES))]
+
+
+@pytest.mark.parametrize("feature, tiles", unpacked(mostly_slow(PAIRS, IN_TURN)))
 def test_features_at_small_tiles(feature, tiles):
-    call = dict({"lengths": (110, 110), "heads": (1, 2, 1)}, **feature)
-    check(Case(dtype="float16", gradients=False, **call), tiles)
+    check(fp16_case(feature), tiles)
 
 
-@pytest.mark.parametrize("head_dim", (1, 16, 40, 64, 80, 128, 160, 256))
-@pytest.mark.parametrize("lengths", ((130, 77), (33, 300)), ids=str)
+@pytest.mark.parametrize("head_dim", mostly_slow((1, 16, 40, 64, 80, 128, 160, 256), fast=(1, 40, 256)))
+@pytest.mark.parametrize("lengths", mostly_slow(((130, 77), (33, 300)), fast=[(130, 77)]))
 def test_head_sizes_and_tails(head_dim, lengths):
     case = Case(dtype="float16", lengths=lengths, head_dim=head_dim, heads=(1, 2, 1), gradients=False, band="causal")
     check(case)
 
 
-@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("head_dim", mostly_slow((64, 128, 256), fast=[128]))
 def test_two_resident_tiles_of_the_size_a_device_gets(head_dim):
     """Lengths of a few tiles with the tiles of a large call: the ones whose cycles are reported."""
     tiles = choose_tiles(AttentionSpec(4, 8, 8, 4096, 4096, head_dim, "float16", causal=True))
@@ -122,10 +120,7 @@ def test_strategies(strategy):
     check(case, choose_tiles(spec))
 
 
-WINDOWS = [(prev, following) for prev in (0, 1, 3, 4, 5) for following in (0, 1, 4, 5)]
-
-
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("window", mostly_slow(WINDOWS, fast=SOME_WINDOWS))
 def test_block_windows_around_the_block_count(window):
     """Five blocks of 32 tokens in tiles that do not line up with them; the first visited tile is rarely tile 0."""
     rng = np.random.default_rng(0)
@@ -143,8 +138,8 @@ def test_block_windows_around_the_block_count(window):
 
 
 # --- what must not matter -------------------------------------------------------------------------
-def plain(q_len=200, kv_len=200, head_dim=32, heads=(1, 4, 2), **options):
-    spec = AttentionSpec(heads[0], heads[1], heads[2], q_len, kv_len, head_dim, "float16", **options)
+def plain(q_len=200, kv_len=200, head_dim=32, heads=(1, 4, 2), tiling="sparse", **options):
+    spec = AttentionSpec(heads[0], heads[1], heads[2], q_len, kv_len, head_dim, "float16", tiling=tiling, **options)
     rng = np.random.default_rng(q_len)
     query = rng.standard_normal((heads[0], heads[1], q_len, head_dim)).astype(np.float16)
     key, value = rng.standard_normal((2, heads[0], heads[2], kv_len, head_dim)).astype(np.float16)
@@ -187,7 +182,7 @@ def test_inference_build_writes_the_same_output_and_nothing_else():
     np.testing.assert_array_equal(out, simulated.forward(spec, *tensors)[0])
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+@pytest.mark.parametrize("call", mostly_slow(CALLS, fast=["block window, ALiBi"]))
 def test_unvisited_keys_are_not_read(call):
     (query, key, value, _), (bad_key, bad_value), hidden = poisoned(call)
     options = dict(call.options, layout="BNSD")
@@ -225,7 +220,7 @@ def with_fp16_maxima(spec, query, key, value):
     return (np.matmul(probs, value) / probs.sum(axis=-1, keepdims=True)).astype(np.float16)
 
 
-@pytest.mark.parametrize("name", list(PRECISION))
+@pytest.mark.parametrize("name", mostly_slow(list(PRECISION), fast=["normal", "large scores", "products near 6e4"]))
 def test_error_is_at_most_twice_the_naive_one(name):
     case = Case(dtype="float16", gradients=False, **PRECISION[name])
     want, naive = run_reference(case)["out"], run_naive(case)[0]["out"]
@@ -234,6 +229,16 @@ def test_error_is_at_most_twice_the_naive_one(name):
     if name != "products near 6e4":  # there one key takes all, and what is left is the rounding of the output
         inputs = make_inputs(case)
         assert error < tolerances.error(with_fp16_maxima(inputs.spec, *inputs[1:4]), want)
+
+
+def test_lse_of_fp16_probabilities(figure):
+    """The row sums are those of the rounded probabilities that multiply V; what that costs the LSE."""
+    errors = []
+    for lengths in ((200, 200), (64, 1500)):
+        spec, *tensors = plain(*lengths, causal=True)
+        want = reference.attention(np, spec, *(x.astype(np.float64) for x in tensors))[1]
+        errors.append(tolerances.error(simulated.forward(spec, *tensors)[1], want))
+    figure("forward, LSE off the exact one", max(errors), 3e-4)
 
 
 def test_close_scores_near_the_end_of_the_fp16_range():
@@ -250,8 +255,22 @@ def test_close_scores_near_the_end_of_the_fp16_range():
     np.testing.assert_allclose(lse, want_lse, rtol=5e-7)
 
 
+@pytest.mark.parametrize("logit, scale", unpacked(mostly_slow(LOGITS, fast=SOME_LOGITS)))
+def test_logits_up_to_the_range_of_fp16(logit, scale):
+    """At the ends of the scales that are taken, of both signs, with lengths that end inside a tile."""
+    call = at_logit(logit, scale)
+    want, want_lse = reference.attention(np, call[0], *(x.astype(np.float64) for x in call[1:]))
+    out, lse = simulated.forward(*call)
+    assert np.abs(want_lse).min() > 5.9e4
+    assert tolerances.error(out, want) <= 2e-2 * tolerances.largest(want)  # products of 6e7 step by 4 in fp32
+    np.testing.assert_allclose(lse, want_lse, rtol=5e-7)
+
+
 # --- sizes and refusals ---------------------------------------------------------------------------
-@pytest.mark.parametrize("options", ({}, {"causal": True, "alibi_shape": (2,)}), ids=("dense", "causal, ALiBi"))
+OPTIONS = {"dense": {}, "causal, ALiBi": {"causal": True, "alibi_shape": (2,)}}
+
+
+@pytest.mark.parametrize("options", mostly_slow(OPTIONS, fast=["causal, ALiBi"]))
 def test_128k_tokens_are_built(options):
     """Built strictly (budgets, strides, IR size), not run; the kernel does not grow with the length."""
     specs = [AttentionSpec(1, 2, 2, length, length, 128, "float16", **options) for length in (8192, 131072)]

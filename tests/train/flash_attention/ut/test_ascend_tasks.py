@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from flash_attention.ascend import host, tasks
-from flash_attention.ascend.budget import Budget, choose_tiles, forward_buffers, preferred_tile
+from flash_attention.ascend.budget import Budget, forward_buffers
 from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
 from flash_attention.ascend.geometry import Geometry, KernelTiles
 from flash_attention.ascend.limits import supports
 from flash_attention.ascend.signature import forward_signature, mask_axes
+from flash_attention.ascend.tiles import candidate_tiles, choose_tiles, fit_forward
 from flash_attention.core import reference
 from flash_attention.core.ranges import visible
 from flash_attention.core.spec import AttentionSpec, Operands
-from flash_attention.core.tiling import strategy_names
+from flash_attention.core.tiling import Tile, strategy_names
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 FIELD = {name: number for number, name in enumerate(tasks.TILE_FIELDS)}
@@ -149,24 +150,18 @@ def test_chosen_tiles_fit_every_head_size(strategy, extra, chip):
         (1, 40, 64, 128, 160, 256), ((1, 1), (77, 4096), (4096, 77), (4096, 4096))
     ):
         spec = make_spec(*lengths, head_dim=head_dim, heads=(4, 32, 8), tiling=strategy, **extra)
-        tiles = choose_tiles(spec, chip)
-        assert Budget(forward_buffers(Geometry(spec, tiles)), chip).fits
-        assert tiles.q % 16 == tiles.kv % 16 == tiles.q // 16 % tiles.groups == 0
+        for tiles in candidate_tiles(spec, "forward", chip):
+            assert Budget(forward_buffers(Geometry(spec, tiles)), chip).fits
+            assert tiles.q % 16 == tiles.kv % 16 == tiles.q // 16 % tiles.groups == 0
 
 
 def test_two_query_tiles_are_resident_or_two_halves():
-    assert choose_tiles(make_spec(4096, 4096, 128, heads=(4, 8, 8))) == KernelTiles(128, 256, 2, 2)
-    assert choose_tiles(make_spec(4096, 4096, 256, heads=(4, 8, 8))) == KernelTiles(64, 256, 2, 2)
+    longer = Tile(128, 256)
+    assert fit_forward(make_spec(4096, 4096, 128, heads=(4, 8, 8)), longer) == KernelTiles(128, 256, 2, 2)
+    assert fit_forward(make_spec(4096, 4096, 256, heads=(4, 8, 8)), longer) == KernelTiles(64, 256, 2, 2)
     assert choose_tiles(make_spec(4096, 4096, 128, heads=(4, 8, 8), tiling="sparse")) == KernelTiles(128, 128, 2, 4)
     assert choose_tiles(make_spec(1024, 1024, 128, tiling="sparse")) == KernelTiles(64, 128, 2, 4)
-    assert choose_tiles(make_spec(1, 1024, 128)).resident == 1
-
-
-def test_narrow_windows_get_short_tiles():
-    narrow = {"prev_block_num": 1, "next_block_num": 0}
-    assert preferred_tile(make_spec(4096, 4096, 128)).kv == 256
-    assert preferred_tile(make_spec(4096, 4096, 128, causal=True)).kv == 256
-    assert preferred_tile(make_spec(4096, 4096, 128, causal=True, **narrow)).kv == 128
+    assert choose_tiles(make_spec(1, 1024, 128, tiling="sparse")).resident == 1
 
 
 def test_budget_prints_every_buffer():

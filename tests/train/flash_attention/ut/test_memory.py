@@ -1,13 +1,9 @@
 """The portable engine never forms anything of S x S: the shapes of all operators' outputs, from compiled graphs."""
 
-import glob
-import os
-import re
-
-import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
+from support.graphs import output_shapes
 
 from flash_attention.core.alibi import alibi_slopes
 from flash_attention.ops import flash_attention
@@ -49,26 +45,11 @@ class Step(nn.Cell):
         return self.net(query, key, value), self.gradient(self.net)(query, key, value, d_out)
 
 
-def output_shapes(folder):
-    """Shapes of all outputs of all nodes of the optimised graph that MindSpore saved."""
-    (path,) = glob.glob(os.path.join(folder, "**", "*_validate_*.ir"), recursive=True)
-    with open(path, encoding="utf-8") as stream:
-        text = stream.read()
-    outputs = re.findall(r"^ *: \(.*?\) -> \((.*)\)$", text, re.MULTILINE)
-    shapes = [shape for line in outputs for shape in re.findall(r"<Tensor\[\w+\], \(([\d, ]+)\)", line)]
-    return [tuple(int(size) for size in shape.split(",") if size.strip()) for shape in shapes]
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_operator_outputs(name, tmp_path):
     q_len, kv_len, options = CALLS[name]
     query, key = (Tensor(np.ones((1, HEADS, size, 32), np.float32)) for size in (q_len, kv_len))
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE, save_graphs=1, save_graphs_path=str(tmp_path))
-    try:
-        Step(Attend(options))(query, key, key, query)
-    finally:
-        ms.set_context(mode=before, save_graphs=0)
-    sizes = [np.prod(shape) for shape in output_shapes(str(tmp_path))]
+    shapes = output_shapes(str(tmp_path), lambda: Step(Attend(options))(query, key, key, query))
+    sizes = [np.prod(shape) for shape in shapes]
     assert len(sizes) > 20  # the graph was read
     assert max(sizes) <= 512 * max(q_len, kv_len) * HEADS

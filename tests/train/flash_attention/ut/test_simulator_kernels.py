@@ -245,7 +245,7 @@ def test_platform_queries():
     with pytest.raises(RuntimeError, match="'key' must be one of"):
         platform.get_soc_spec("MAGIC")
     platform.set_current_compile_soc_info("Ascend310P3")
-    assert platform.get_soc_spec("CORE_NUM") == 10 and platform.get_soc_spec("SOC_VERSION") == "Ascend310P3"
+    assert platform.get_soc_spec("CORE_NUM") == 8 and platform.get_soc_spec("SOC_VERSION") == "Ascend310P3"
     for unknown in ("Ascend910B1", "Ascend910_9391", "Ascend950"):
         with pytest.raises(ValueError, match="simulated chip"):
             platform.set_current_compile_soc_info(unknown)

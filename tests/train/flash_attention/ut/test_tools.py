@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from flash_attention.core.spec import AttentionSpec, Operands
 from flash_attention.tools import check, cli, info, machine
 from flash_attention.tools.bench import distance, judge, limits, measure, registry, report
 from flash_attention.tools.bench import run as bench_run
+from flash_attention.tools.bench import worker as bench_worker
 from flash_attention.tools.bench.cases import SEED, Case, round_to
 from flash_attention.tools.frontends import FRONT_ENDS, FrontEnd
 
@@ -149,6 +151,19 @@ def test_plan_predicts_the_ascend_kernels(capsys):
         assert "{:.3f} ms, {:.0f} TFLOPS".format(1e3 * got.seconds, got.tflops) in text
     assert all(scenario.name in text for scenario in cost.SCENARIOS)
     assert "not measured on a device" in text
+
+
+def test_plan_shows_what_the_auto_strategy_chose_from(capsys):
+    """One line a kernel that has a choice; strategies that leave none print no such line."""
+    assert cli.main(ASCEND) == 0
+    assert "chose" not in capsys.readouterr().out
+    assert cli.main(ASCEND + ["--strategy", "auto"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "chose" in line]
+    assert len(lines) == 2  # forward and backward
+    for line in lines:
+        times = [float(time) for time in re.findall(r"([0-9.]+) ms", line)]
+        assert line.startswith("strategy 'auto' chose the first of ") and len(times) == 2
+        assert times == sorted(times)
 
 
 def test_plan_draws_the_ascend_kernels(tmp_path, monkeypatch):
@@ -666,3 +681,15 @@ def test_mindspore_candidates_agree_with_float64(direction):
         pool.close()
     for label in labels:
         assert max(found[label]["error"].values()) < 1e-5, found[label]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned here")
+def test_threads_of_the_pool_are_spread_over_the_cores(tmp_path, monkeypatch):
+    for task, name in ((9, "tf_XLAEigen"), (12, "python"), (10, "tf_XLAEigen"), (100, "tf_XLAEigen")):
+        (tmp_path / str(task)).mkdir()
+        (tmp_path / str(task) / "comm").write_text(name + "\n")
+    pinned = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda task, cores: pinned.append((task, cores)))
+    bench_worker.spread_threads(str(tmp_path))
+    assert pinned == [(9, {1}), (10, {3}), (100, {1})]

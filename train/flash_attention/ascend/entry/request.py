@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, fields
 
 from flash_attention.ascend.backward import build_backward
 from flash_attention.ascend.backward_arguments import backward_constants, backward_signature
-from flash_attention.ascend.backward_budget import choose_backward_tiles
-from flash_attention.ascend.budget import choose_tiles
 from flash_attention.ascend.chips import ASCEND_910A
 from flash_attention.ascend.forward import build_forward
 from flash_attention.ascend.geometry import Geometry, KernelTiles
 from flash_attention.ascend.host import forward_constants
 from flash_attention.ascend.signature import forward_signature
+from flash_attention.ascend.tiles import choose_tiles
 from flash_attention.core.spec import AttentionSpec
 
 FORWARD, INFERENCE, BACKWARD = "flash_attention_forward", "flash_attention_inference", "flash_attention_backward"
@@ -25,7 +24,7 @@ KINDS = (FORWARD, INFERENCE, BACKWARD)
 # Arguments of every kernel of a kind; the others are named in the operator's name.
 _ALWAYS = frozenset([
     "query", "key", "value", "tasks", "cores", "output", "lse",
-    "d_out", "query_columns", "key_columns", "key_tasks", "tiles", "d_query", "d_key", "d_value",
+    "d_out", "query_columns", "key_columns", "factors", "key_tasks", "tiles", "d_query", "d_key", "d_value",
 ])  # fmt: skip
 
 
@@ -44,17 +43,20 @@ class KernelRequest:
     cores: int
 
     @classmethod
-    def of(cls, kind, spec, chip=ASCEND_910A):
-        """The request for ``spec`` at the tiles that the kernel of this kind takes on ``chip``."""
-        choose = choose_backward_tiles if kind == BACKWARD else choose_tiles
-        return cls(kind, Geometry(spec, choose(spec, chip)), chip.cores)
+    def of(cls, kind, spec, chip=ASCEND_910A, term_gradients=True):
+        """The request for ``spec`` at the tiles that the kernel of this kind takes on ``chip``.
+
+        ``term_gradients=False`` leaves out a backward kernel's gradients of bias and slopes.
+        """
+        direction = "backward" if kind == BACKWARD else "forward"
+        return cls(kind, Geometry(spec, choose_tiles(spec, direction, chip), term_gradients), chip.cores)
 
     @classmethod
     def from_json(cls, text):
         """The request that :meth:`to_json` wrote."""
         content = json.loads(text)
         spec = {name: tuple(value) if isinstance(value, list) else value for name, value in content["spec"].items()}
-        geometry = Geometry(AttentionSpec(**spec), KernelTiles(**content["tiles"]))
+        geometry = Geometry(AttentionSpec(**spec), KernelTiles(**content["tiles"]), content["term_gradients"])
         return cls(content["kind"], geometry, content["cores"])
 
     def to_json(self):
@@ -65,6 +67,7 @@ class KernelRequest:
             if getattr(self.geometry.spec, field.name) != field.default
         }
         content = {"kind": self.kind, "spec": spec, "tiles": asdict(self.geometry.tiles), "cores": self.cores}
+        content["term_gradients"] = self.geometry.term_gradients
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
     def signature(self):

@@ -7,6 +7,7 @@ the Ascend C sources for 310P; [U] a figure nobody published, which the cost mod
 from dataclasses import dataclass, field
 from typing import Dict
 
+from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
 from flash_attention.core.errors import invalid_value
 
 GM, UB, L1, L0A, L0B, L0C = "GM", "UB", "L1", "L0A", "L0B", "L0C"
@@ -105,13 +106,12 @@ class Chip:
         }
 
 
-_FIRST_GENERATION = {UB: 262144, L1: 1048576, L0A: 65536, L0B: 65536, L0C: 262144}
-
 CHIPS = (
-    Chip("910A", ("Ascend910", "Ascend910A", "Ascend910Pro"), 32, 32 << 20, _FIRST_GENERATION),
-    # The clock, the number of cores of each SKU and the DDR rate of 310P are not settled: [U].
-    Chip("310P", ("Ascend310P",), 10, 16 << 20, _FIRST_GENERATION, Rates(gm_read=17, gm_write=17)),
-)
+    Chip("910A", ("Ascend910", "Ascend910A", "Ascend910Pro"), ASCEND_910A.cores, 32 << 20, dict(ASCEND_910A.memory)),
+    # The clock and the DDR rate of 310P are not settled: [U].
+    Chip("310P", ("Ascend310P",), ASCEND_310P.cores, 16 << 20, dict(ASCEND_310P.memory),
+         Rates(gm_read=17, gm_write=17)),
+)  # fmt: skip
 SPEC_KEYS = tuple(CHIPS[0].spec(""))
 
 

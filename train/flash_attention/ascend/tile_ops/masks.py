@@ -8,6 +8,7 @@ from flash_attention.ascend.tile_ops.vector import (
     HALF_LANES,
     LANES,
     Lanes,
+    Place,
     binary,
     convert,
     low_level,
@@ -96,11 +97,32 @@ def slope_tile(api, dst, index, slope, keys):
     low_level(api.vmul, Lanes(dst.tensor, dst.offset), Lanes(index), slope, keys // 4, blocks=(1, 1, 0))
 
 
+def add_one_sided_alibi(api, scores, lanes, relative, tables, sign, groups, keys, factor=None):
+    """``s = factor * s + slope * key``: the part of ALiBi that depends on the key, one cycle for 64 elements.
+
+    For tiles whose keys are all at or before every query's position (``sign`` 0), where ALiBi is
+    ``-slope * (position - key)``, or all at or after it (``sign`` 1), where it is the negative of that.
+
+    Args:
+        lanes: Lanes of a statistic, receives the part of the query, ``-slope * position`` or its negative.
+        relative: Lanes of a statistic, position - tile's first key.
+        tables: both signs' :func:`slope_tile`, one after the other, and eight times slope, eight times -slope: tensors.
+    """
+    slope_tiles, slope = tables
+    add_bias(api, scores, Place(slope_tiles, sign * keys * 16), groups, keys, 1, factor)
+    low_level(api.vmul, lanes, relative, Lanes(slope, 8 * (1 - sign), 0), groups, blocks=(1, 1, 0))
+
+
+def add_lanes(api, scores, lanes, groups, keys):
+    """``s = s + lanes``, one value a query: one cycle for 64 elements. ``lanes``: :class:`Lanes` of a statistic."""
+    for group, tile in _tiles(scores, groups, keys):
+        binary(api.vec_add, tile, tile, lanes._replace(offset=lanes.offset + group * LANES, step=0), keys // 4)
+
+
 def add_alibi(api, scores, relative, index, slope, scratch, groups, keys, factor=None):
     """``s = factor * s - slope * |position - key|``, for tiles that the diagonal crosses: four cycles for 64 elements.
 
-    On one side of the diagonal :func:`add_bias` with :func:`slope_tile` does it in one cycle: what remains is one
-    value a query, which the caller gives to the maximum and its addend.
+    On one side of the diagonal :func:`add_one_sided_alibi` does it in one.
 
     Args:
         relative: Lanes of a statistic, position - tile's first key.

@@ -1,15 +1,19 @@
 """Tiling strategies: which compute tiles an engine uses, and the default unit of block windows.
 
 A strategy is one file beside this one and one line here. Tiles never change a result beyond rounding.
+spec -> Strategy.candidates -> choice.py (the engine's cost function, where there are several) -> Tile.
 """
 
 from flash_attention.core.errors import invalid_value
 from flash_attention.core.tiling.auto import AUTO
 from flash_attention.core.tiling.base import Strategy, Tile
+from flash_attention.core.tiling.choice import choose_tile, register_cost
 from flash_attention.core.tiling.sparse import SPARSE
 from flash_attention.core.tiling.wukong import WUKONG
 
-__all__ = ["Strategy", "Tile", "get_strategy", "register_strategy", "strategy_names"]
+__all__ = [
+    "Strategy", "Tile", "choose_tile", "get_strategy", "register_cost", "register_strategy", "strategy_names",
+]  # fmt: skip
 
 _STRATEGIES = {}
 

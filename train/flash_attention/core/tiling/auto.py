@@ -1,10 +1,10 @@
-"""'auto': the tile the engine itself finds fastest for this shape."""
+"""'auto': every tile that the engine offers; its cost function finds the fastest one for the shape."""
 
 from flash_attention.core.tiling.base import Strategy, fit
 
 
-def _tiles(spec, preferred):
-    return fit(preferred, spec)
+def _candidates(spec, offered):
+    return tuple(dict.fromkeys(fit(tile, spec) for tile in offered))
 
 
-AUTO = Strategy("auto", block_size=128, tiles=_tiles)
+AUTO = Strategy("auto", block_size=128, candidates=_candidates)

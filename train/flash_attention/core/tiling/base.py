@@ -1,4 +1,4 @@
-"""What a tiling strategy is: a name, the block size of its windows, and a rule from a spec to a tile."""
+"""What a tiling strategy is: a name, the block size of its windows, and a rule from a spec to candidate tiles."""
 
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
@@ -18,12 +18,14 @@ class Strategy:
     Attributes:
         name: value of ``tiling_stgy_name``.
         block_size: default unit of ``prev_block_num``, ``next_block_num`` and the compact mask, in tokens.
-        tiles: ``tiles(spec, preferred) -> Tile``; ``preferred`` is the tile the engine finds fastest for this spec.
+        candidates: ``candidates(spec, offered) -> tuple of Tile``, at least one. ``offered`` are the tiles that an
+            engine works well with, first the one to take when nothing is known. Of several candidates the engine's
+            cost function chooses (:func:`~flash_attention.core.tiling.choice.choose_tile`).
     """
 
     name: str
     block_size: int
-    tiles: Callable
+    candidates: Callable
 
 
 def fit(tile, spec):

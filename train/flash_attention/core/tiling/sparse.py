@@ -3,9 +3,9 @@
 from flash_attention.core.tiling.base import Strategy, Tile, fit
 
 
-def _tiles(spec, preferred):
-    del preferred
-    return fit(Tile(128, 128), spec)
+def _candidates(spec, offered):
+    del offered
+    return (fit(Tile(128, 128), spec),)
 
 
-SPARSE = Strategy("sparse", block_size=128, tiles=_tiles)
+SPARSE = Strategy("sparse", block_size=128, candidates=_candidates)

@@ -10,11 +10,11 @@ from flash_attention.core.tiling.base import Strategy, Tile, fit
 _ROWS = ((48, 256), (96, 128), (192, 64))  # (largest head_dim, rows a tile)
 
 
-def _tiles(spec, preferred):
-    del preferred
+def _candidates(spec, offered):
+    del offered
     rows = next((rows for limit, rows in _ROWS if spec.head_dim <= limit), 64)
     keys = spec.kv_len if spec.kv_len <= 128 else rows
-    return fit(Tile(rows, keys), spec)
+    return (fit(Tile(rows, keys), spec),)
 
 
-WUKONG = Strategy("wukong", block_size=64, tiles=_tiles)
+WUKONG = Strategy("wukong", block_size=64, candidates=_candidates)

@@ -19,7 +19,7 @@ from flash_attention.jax.engines.xla_backward import backward
 from flash_attention.jax.engines.xla_forward import forward
 
 
-def run(spec, query, key, value, operands=Operands()):
+def run(spec, query, key, value, operands=Operands(), intervals=None):
     """FlashAttention-2 in JAX.
 
     Args:
@@ -27,30 +27,35 @@ def run(spec, query, key, value, operands=Operands()):
         query: (B, N, Sq, D); key, value: (B, Nkv, Sk, D); or all of them BSND, as ``spec.layout`` says. float16,
             bfloat16 or float32.
         operands: :class:`~flash_attention.core.spec.Operands` of arrays or None.
+        intervals: None, or run-time ``(low, high)``, int32 (B, N, Sq) each: a query sees the keys low .. high only,
+            none where low > high. Neither may decrease along the queries: then tiles outside the intervals are never
+            visited. For mechanisms that order the tokens by data; as many heads of keys as of queries, a spec without
+            causality and windows.
 
     Returns:
         ``(out like the query, lse (B, N, Sq) float32)``. Both are differentiable (reverse mode) in
         query, key, value, bias, slopes and sinks. Extra memory: O(S) a head.
     """
-    return _attention(spec, query, key, value, operands)
+    return _attention(spec, query, key, value, operands, intervals)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, query, key, value, operands):
-    return forward_pass(spec, query, key, value, operands)
+def _attention(spec, query, key, value, operands, intervals):
+    return forward_pass(spec, query, key, value, operands, intervals)
 
 
-def _attention_fwd(spec, query, key, value, operands):
-    out, lse = forward_pass(spec, query, key, value, operands)
-    return (out, lse), (query, key, value, operands, out, lse)
+def _attention_fwd(spec, query, key, value, operands, intervals):
+    out, lse = forward_pass(spec, query, key, value, operands, intervals)
+    return (out, lse), ((query, key, value, operands, out, lse), intervals)
 
 
 def _attention_bwd(spec, saved, cotangents):
-    query, key, value, operands, _, _ = saved
-    d_query, d_key, d_value, d_bias, d_slopes, d_sinks = backward_pass(spec, saved, cotangents)
+    saved, intervals = saved
+    query, key, value = saved[:3]
+    d_query, d_key, d_value, d_bias, d_slopes, d_sinks = backward_pass(spec, saved, cotangents, intervals)
     grads = (grad.astype(x.dtype) for grad, x in ((d_query, query), (d_key, key), (d_value, value)))
     # None is a zero: masks, lengths and other integers have no gradient.
-    return (*grads, Operands(bias=d_bias, slopes=d_slopes, sinks=d_sinks))
+    return (*grads, Operands(bias=d_bias, slopes=d_slopes, sinks=d_sinks), None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -87,7 +92,7 @@ def _heads(spec, geo, x, rows):
     return _swapped(spec, x).reshape(-1, rows, spec.head_dim)
 
 
-def _flatten(spec, geo, query, key, value, operands):
+def _flatten(spec, geo, query, key, value, operands, intervals):
     """The call's tensors as :class:`xla_tiles.Inputs`."""
     batch = query.shape[0]
     mask, row_keys, key_origin = operands.mask, None, None
@@ -117,6 +122,7 @@ def _flatten(spec, geo, query, key, value, operands):
         kv_lengths=per_batch(operands.kv_lengths),
         row_keys=row_keys,
         key_origin=key_origin,
+        intervals=None if intervals is None else tuple(x.reshape(-1, geo.rows) for x in intervals),
     )
 
 
@@ -125,9 +131,9 @@ def _geometry(spec, batch):
 
 
 @_per_example
-def forward_pass(spec, query, key, value, operands):
+def forward_pass(spec, query, key, value, operands, intervals=None):
     geo = _geometry(spec, query.shape[0])
-    inputs = _flatten(spec, geo, query, key, value, operands)
+    inputs = _flatten(spec, geo, query, key, value, operands, intervals)
     sinks, rows = None, (query.shape[0], spec.heads, spec.q_len)
     if spec.sinks:
         sinks = operands.sinks.astype(jnp.float32).reshape(1, -1, 1)
@@ -137,11 +143,11 @@ def forward_pass(spec, query, key, value, operands):
 
 
 @_per_example
-def backward_pass(spec, saved, cotangents):
+def backward_pass(spec, saved, cotangents, intervals=None):
     query, key, value, operands, out, lse = saved
     d_out, d_lse = cotangents
     geo = _geometry(spec, query.shape[0])
-    inputs = _flatten(spec, geo, query, key, value, operands)
+    inputs = _flatten(spec, geo, query, key, value, operands, intervals)
     dead = lse == -jnp.inf
     delta = _swapped(spec, (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1))
     delta = delta - jnp.where(dead, 0.0, d_lse)

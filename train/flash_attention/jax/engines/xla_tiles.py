@@ -79,6 +79,7 @@ class Inputs(NamedTuple):
     kv_lengths: jax.Array = None  # (B,)
     row_keys: jax.Array = None  # (B, N, Sq) uint32 dropout keys
     key_origin: jax.Array = None  # what dropout counts the keys from
+    intervals: tuple = None  # (first, last) visible key of each row, (T, R) int32 each, non-decreasing along R
 
 
 class Rows(NamedTuple):
@@ -91,6 +92,7 @@ class Rows(NamedTuple):
     slope: jax.Array = None
     segment: jax.Array = None
     key: jax.Array = None
+    interval: tuple = None  # (first, last) visible key, where these are data
 
 
 class Place(NamedTuple):
@@ -110,7 +112,7 @@ def at(x, index):
 
 def cut(x, index, start, count):
     """``x[index, start : start + count]`` for traced ``index`` and ``start``."""
-    corner = (index, start) + (0,) * (x.ndim - 2)
+    corner = (index, start) + (jnp.int32(0),) * (x.ndim - 2)
     return lax.dynamic_slice(x, corner, (1, count) + x.shape[2:])[0]
 
 
@@ -176,7 +178,10 @@ def rows_of(spec, geo, inputs, where, tile):
         segment = part(at(inputs.q_segments, where.batch))
     if inputs.row_keys is not None:
         key = part(heads(inputs.row_keys))
-    return Rows(start, index, index + where.offset, fresh, slope, segment, key)
+    interval = None
+    if inputs.intervals is not None:
+        interval = tuple(cut(x, where.outer, start, geo.q_tile) for x in inputs.intervals)
+    return Rows(start, index, index + where.offset, fresh, slope, segment, key, interval)
 
 
 def bounds(spec, geo, inputs, where, rows):
@@ -185,6 +190,8 @@ def bounds(spec, geo, inputs, where, rows):
     From ``core.ranges``; lengths and the ragged last tile only shorten them. All four are Python ints when every tile
     is visited. With a mask tensor or segment ids the inner tiles carry that predicate, and the band's too.
     """
+    if rows.interval is not None:
+        return _interval_bounds(geo, *rows.interval)
     band = spec.band
     if geo.stack > 1:  # the stacked heads hold the same queries
         low, high = where.offset, where.offset + spec.q_len - 1
@@ -206,6 +213,15 @@ def bounds(spec, geo, inputs, where, rows):
         return first, stop, inner, min(end, whole)
     end = jnp.clip(jnp.minimum(end, whole), first, stop)
     return first, stop, jnp.clip(inner, first, end), end
+
+
+def _interval_bounds(geo, low, high):
+    """:func:`bounds` of rows whose first and last visible keys, both in ascending order, are data."""
+    first, last, tile = low[0], high[-1], geo.kv_tile
+    stop = jnp.where(first <= last, last // tile + 1, first // tile)
+    first = first // tile
+    end = jnp.clip(jnp.minimum((high[0] + 1) // tile, geo.whole), first, stop)
+    return first, stop, jnp.clip(-(-low[-1] // tile), first, end), end
 
 
 def earlier_blocks(band):
@@ -331,8 +347,8 @@ def extras_of(spec, geo, inputs, where, rows, tile, width, edge):
     column = start + jnp.arange(width, dtype=jnp.int32)
     low = high = same = mask = bias = None
     if edge or masked_inside(spec):
-        low = jnp.maximum(spec.band.first_key(rows.position), nominal)
-        high = spec.band.last_key(rows.position)
+        low, high = rows.interval or (spec.band.first_key(rows.position), spec.band.last_key(rows.position))
+        low = jnp.maximum(low, nominal)
         if inputs.kv_lengths is not None:
             high = jnp.minimum(high, at(inputs.kv_lengths, where.batch) - 1)
     if spec.segments:
@@ -385,13 +401,15 @@ def col(x, flip):
 
 
 def nt(a, b):
-    """(M, K), (N, K) -> (M, N) float32."""
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    """(M, K), (N, K) -> (M, N), float32 or wider."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=wide)
 
 
 def nn(a, b):
-    """(M, K), (K, N) -> (M, N) float32."""
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    """(M, K), (K, N) -> (M, N), float32 or wider."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=wide)
 
 
 def folds_scale(spec, dtype):

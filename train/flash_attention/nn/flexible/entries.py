@@ -5,8 +5,9 @@ from flash_attention.core.registry import ARGUMENTS, local_refusal, triangle_ref
 from flash_attention.nn.flexible.registry import Mechanism, MechanismRegistry
 from flash_attention.nn.layer.dilated import dilated_attention
 from flash_attention.ops.context import context_attention
-from flash_attention.ops.functional import flash_attention
+from flash_attention.ops.functional import flash_attention, swap
 
+_BSND = (1, 2)  # the axes that lead to BNSD
 EVERYTHING = tuple(ARGUMENTS) + ("engine",)
 
 
@@ -109,10 +110,10 @@ class _OverRanks(Mechanism):
             self.next_block_num, self.block_size, rate, self.logits_soft_cap, None, "BNSD",
         )  # fmt: skip
         out, _ = context_attention(
-            self.names, self.strategy, query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2), mask,
-            alibi_slopes, dropout_seed, options, self.engine, self.group,
+            self.names, self.strategy, swap(query, _BSND), swap(key, _BSND), swap(value, _BSND), mask, alibi_slopes,
+            dropout_seed, options, self.engine, self.group,
         )  # fmt: skip
-        return out.swapaxes(1, 2)
+        return swap(out, _BSND)
 
 
 @MechanismRegistry.register

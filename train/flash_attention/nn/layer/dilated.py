@@ -17,7 +17,7 @@ from flash_attention.core.mechanisms.positions import rotate
 from flash_attention.nn.layer.dilated_slots import Densify, Sparsify, cut
 from flash_attention.nn.layer.position_dropout import PositionDropout
 from flash_attention.nn.layer.projection import Projection
-from flash_attention.ops.collectives import ALONE, choose, current_group, subgroup
+from flash_attention.ops.collectives import ALONE, choose, current_group
 from flash_attention.ops.engines import ENGINES
 from flash_attention.ops.functional import computable, flash_attention
 from flash_attention.ops.lse import log_sum_exp
@@ -200,8 +200,8 @@ class _Gather(nn.Cell):
 
     def __init__(self, group, members):
         super().__init__(auto_prefix=False)
-        back_end, neighbours = choose(), subgroup(group, members)
-        self.gather, self.scatter = back_end.AllGather(neighbours, 1), back_end.ReduceScatter(neighbours, 1)
+        back_end = choose()
+        self.gather, self.scatter = back_end.AllGather(group, 1, members), back_end.ReduceScatter(group, 1, members)
 
     def construct(self, pair, token):
         gathered = self.gather(depend(pair, token))

@@ -12,8 +12,10 @@ from mindspore.ops.primitive import constexpr
 
 from flash_attention.core import alibi
 from flash_attention.core.config import LAYER, CellConfig
+from flash_attention.core.errors import invalid_value
 from flash_attention.core.sharding import check_strategy
 from flash_attention.core.spec import NO_LIMIT
+from flash_attention.core.validation import check_bool
 from flash_attention.nn.layer.seeded import SeededCell
 from flash_attention.ops.engines import ENGINES
 from flash_attention.ops.functional import describe, info, resolve, seed_tensor
@@ -34,7 +36,7 @@ class FlashAttention(SeededCell):
     Symbols: B batch, N heads, Nkv key/value heads (divide N), Sq, Sk lengths, D head_dim.
 
     Args:
-        head_dim (int): D, at least 1. Engine limits: tik 256, aclnn 512.
+        head_dim (int): D, at least 1; None = the query's. Engine limits: tik 256, aclnn 512.
         dropout_rate (float): on the softmax weights, inverted, in [0, 1); acts in training mode only. Default: 0.0.
         prev_block_num (int): visible blocks before the query's own; 65536 = no limit. Default: 65536.
         next_block_num (int): visible blocks after the query's own; 65536 = no limit. Default: 65536.
@@ -54,6 +56,12 @@ class FlashAttention(SeededCell):
         engine (str): keyword only; None or 'auto' = the best engine here, or a name that
             ``python -m flash_attention info`` lists. Default: None.
         return_lse (bool): keyword only; also return the log-sum-exp. Default: False.
+        head_num (int): keyword only, of MindSpore's older class; N, checked against the query at each call. None =
+            not checked. Default: None.
+        high_precision (bool): keyword only, of the older class; either value gives float32 statistics and
+            accumulation, more than the older class's True. Default: False.
+        use_mqa (bool): keyword only, of the older class; True = key and value heads are not split by mp, which is
+            possible with mp=1 only. How many they are is read from the key. Default: False.
 
     Inputs:
         - **query** (Tensor) - (B, N, Sq, D); float16, bfloat16 or float32.
@@ -105,6 +113,9 @@ class FlashAttention(SeededCell):
         block_size=None,
         engine=None,
         return_lse=False,
+        head_num=None,
+        high_precision=False,
+        use_mqa=False,
     ):
         config = CellConfig(
             head_dim,
@@ -122,11 +133,15 @@ class FlashAttention(SeededCell):
             block_size=block_size,
             engine=engine,
             return_lse=return_lse,
+            head_num=head_num,
         )
+        check_bool(LAYER, "high_precision", high_precision)
+        check_bool(LAYER, "use_mqa", use_mqa)
         super().__init__(config.dropout_rate)
         ENGINES.check_name(engine, LAYER)
         self.config = dataclasses.astuple(config)  # a tuple, because a graph takes it as a constant
-        self.dp, self.mp = config.dp, config.mp
+        self.use_mqa = use_mqa
+        self._set_shards(config.dp, config.mp)
         self.strategy = None
         self.return_lse = config.return_lse
         self.engine = engine
@@ -163,9 +178,15 @@ class FlashAttention(SeededCell):
             FlashAttention, this Cell.
         """
         if in_strategy is not None:
-            self.dp, self.mp = check_strategy(in_strategy)
+            self._set_shards(*check_strategy(in_strategy))
         self.strategy = (in_strategy, out_strategy)
         return self
+
+    def _set_shards(self, dp, mp):
+        if self.use_mqa and mp > 1:
+            remedy = "Leave use_mqa out when mp divides the key's heads; else repeat key and value to mp heads."
+            raise invalid_value(LAYER, "use_mqa", "False when mp > 1 (mp splits key and value too)", "True", remedy)
+        self.dp, self.mp = dp, mp
 
 
 def discard_to_keep(mask):

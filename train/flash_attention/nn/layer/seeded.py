@@ -26,13 +26,17 @@ class SeededCell(nn.Cell):
     def next_seed(self, query):
         """A seed that differs between Cells and between training calls; int32, its bits are a uint32."""
         if self._has_config_recompute:
-            # A graph recomputes side effects too, so a counter would move between the two forward passes. The inputs
-            # of a recomputed layer are bitwise the same, and another training step has others.
-            turns = query[0, 0, -1].astype(mstype.float32).sum() * 12345.678
-            return ((turns - ops.floor(turns)) * 2.0**24).astype(mstype.int32) + self.salt
+            # A graph recomputes side effects too, so a counter would move between the two forward passes.
+            return seed_from(query) + self.salt
         step = self.dropout_step + 0
         self.advance(self.dropout_step, self.one)
         return step * _signed(_GOLDEN) + self.salt
+
+
+def seed_from(query):
+    """A seed without a state, int32: another training step has another query, and a recomputed layer the very same."""
+    turns = query[0, 0, -1].astype(mstype.float32).sum() * 12345.678
+    return ((turns - ops.floor(turns)) * 2.0**24).astype(mstype.int32)
 
 
 def _signed(value):

@@ -6,6 +6,6 @@
 Each has the four Cells of base.py: Permute, AllToAll, AllGather, ReduceScatter.
 """
 
-from flash_attention.ops.collectives.base import ALONE, Group, choose, current_group, shift, subgroup
+from flash_attention.ops.collectives.base import ALONE, Group, choose, current_group, shift
 
-__all__ = ["ALONE", "Group", "choose", "current_group", "shift", "subgroup"]
+__all__ = ["ALONE", "Group", "choose", "current_group", "shift"]

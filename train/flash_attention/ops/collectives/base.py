@@ -4,8 +4,10 @@ A back end is a module with four Cell classes, whose gradients are messages too:
 
     Permute(group, targets, shape, dtype)   x of rank r goes to rank targets[r]; every rank gets one
     AllToAll(group, split, concat)          the n-th piece of axis ``split`` goes to rank n; pieces join on ``concat``
-    AllGather(group, axis)                  every rank's x, joined on ``axis``
-    ReduceScatter(group, axis)              the sum of all ranks' x, of which rank n keeps the n-th piece of ``axis``
+    AllGather(group, axis, members)         every member's x, joined on ``axis``
+    ReduceScatter(group, axis, members)     the sum of all members' x, of which each keeps its piece of ``axis``
+
+Members are ``members`` consecutive ranks, a divisor of the group's size: n of them from a multiple of n on; None = all.
 
 A compiled graph runs what does not depend on each other in any order, and ranks may differ in it: whoever sends two
 messages makes the second depend on the first.
@@ -63,8 +65,8 @@ def current_group(name=None):
 
 @functools.lru_cache(maxsize=None)
 def subgroup(group, members):
-    """The :class:`Group` of the ``members`` consecutive ranks, a divisor of all, that this rank belongs to."""
-    if members == group.size:
+    """The :class:`Group` of this rank's members; None = all."""
+    if members in (None, group.size):
         return group
     first = group.rank // members * members
     ranks = list(range(first, first + members))

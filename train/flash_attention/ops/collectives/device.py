@@ -5,7 +5,7 @@ import itertools
 from mindspore import nn, ops
 from mindspore.ops.functional import depend
 
-from flash_attention.ops.collectives.base import divided, joined
+from flash_attention.ops.collectives.base import divided, joined, subgroup
 
 _expand = ops.ExpandDims()
 _tags = itertools.count()  # every process builds the same Cells in the same order
@@ -77,8 +77,9 @@ class AllToAll(nn.Cell):
 class AllGather(nn.Cell):
     """See :mod:`~flash_attention.ops.collectives.base`."""
 
-    def __init__(self, group, axis):
+    def __init__(self, group, axis, members=None):
         super().__init__(auto_prefix=False)
+        group = subgroup(group, members)
         self.gather = ops.AllGather(group.name)
         self.scatter = ops.ReduceScatter(group=group.name)
         self.size, self.axis = group.size, axis

@@ -7,7 +7,7 @@ from mindspore import nn, ops
 
 from flash_attention.ops.collectives.base import divided, joined
 
-_expand = ops.ExpandDims()
+_expand, _sum = ops.ExpandDims(), ops.ReduceSum()
 
 
 class Permute(nn.Cell):
@@ -48,12 +48,14 @@ class AllToAll(nn.Cell):
 
 
 class AllGather(nn.Cell):
-    """See :mod:`~flash_attention.ops.collectives.base`."""
+    """See :mod:`~flash_attention.ops.collectives.base`. The CPU gathers over all processes: members pick theirs."""
 
-    def __init__(self, group, axis):
+    def __init__(self, group, axis, members=None):
         super().__init__(auto_prefix=False)
+        members = group.size if members is None else members
         self.gather, self.add = ops.AllGather(group.name), ops.AllReduce(group=group.name)
-        self.rank, self.size, self.axis = group.rank, group.size, axis
+        self.first, self.members, self.axis = group.rank // members * members, members, axis
+        self.number, self.all = group.rank % members, members == group.size
 
     def construct(self, x):
         return self.all_of(x)
@@ -62,12 +64,15 @@ class AllGather(nn.Cell):
         return (self.sum_of(d_out),)
 
     def all_of(self, x):
-        """Every rank's x."""
-        return joined(self.gather(_expand(x, 0)), self.axis)
+        """Every member's x."""
+        return joined(self.gather(_expand(x, 0))[self.first : self.first + self.members], self.axis)
 
     def sum_of(self, x):
         """This rank's piece of the sum."""
-        return divided(self.add(x), self.size, self.axis)[self.rank]
+        if self.all:
+            return divided(self.add(x), self.members, self.axis)[self.number]
+        pieces = self.gather(_expand(divided(x, self.members, self.axis), 0))
+        return _sum(pieces[self.first : self.first + self.members, self.number], 0)
 
 
 class ReduceScatter(AllGather):

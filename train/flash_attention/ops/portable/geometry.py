@@ -21,7 +21,7 @@ DEAD = -5e29
 """A row whose largest score is below this sees no key."""
 
 KV_TILE = 128
-"""Granularity of the visited keys; also where a piece may begin."""
+"""Granularity of the visited keys; also where a piece may begin. ``AttentionSpec.tile`` overrides it."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,13 @@ _MANY_ROWS = 96  # beyond, compiling takes minutes: better to compute more hidde
 
 
 def query_tile(spec):
-    """Queries of a row: 256 for short sequences, 512 for long ones, more where a narrow window allows it.
+    """Queries of a row: as asked for, else 256 for short sequences, 512 for long ones, more where a window allows it.
 
     Compile time grows with the number of rows, computed waste with their height. A row's score tile has at most
     512 x max(Sq, Sk) elements a head, and is at least three times (with very many rows: twice) as wide as high.
     """
+    if spec.tile is not None:
+        return spec.tile[0]
     tile = 256 if spec.q_len <= 4096 else 512
     while spec.q_len > _FEW_ROWS * tile:
         plan = make_plan(static_band(spec), spec.offset or 0, 2 * tile, KV_TILE)
@@ -91,7 +93,7 @@ def make_rows(spec):
     """The :class:`Row` list of ``spec``."""
     band = static_band(spec)
     offset = 0 if spec.dynamic_offset else spec.offset
-    plan = make_plan(band, offset, query_tile(spec), KV_TILE)
+    plan = make_plan(band, offset, query_tile(spec), KV_TILE if spec.tile is None else spec.tile[1])
     return [_make_row(spec, band, offset, plan, tile) for tile in range(plan.q_tiles)]
 
 

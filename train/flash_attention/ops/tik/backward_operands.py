@@ -9,7 +9,15 @@ from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 from mindspore.ops import operations as P
 
-from flash_attention.ascend.backward_arguments import COARSE, LARGEST, pack_query_columns, probability_exponent
+from flash_attention.ascend.backward_arguments import (
+    COARSE,
+    LARGEST,
+    MOST_EXPONENT,
+    ROOM,
+    pack_query_columns,
+    probability_exponent,
+    result_factors,
+)
 from flash_attention.ascend.backward_operands import KEY_SUMS, KEY_UNIT
 from flash_attention.ascend.geometry import FRACTAL
 
@@ -18,6 +26,7 @@ _cast, _concat, _select = P.Cast(), P.Concat(-1), P.Select()
 _sum, _kept_sum = P.ReduceSum(), P.ReduceSum(keep_dims=True)
 _less, _maximum, _minimum, _reshape = P.Less(), P.Maximum(), P.Minimum(), P.Reshape()
 _zeros_like, _transpose, _slice = P.ZerosLike(), P.Transpose(), P.Slice()
+_highest, _lowest, _log, _ceil, _power = P.ReduceMax(), P.ReduceMin(), P.Log(), P.Ceil(), P.Pow()
 
 
 def _half(x):
@@ -33,8 +42,36 @@ def _parts(x):
     return _concat((coarse, middle, _half(rest - middle)))
 
 
+def _magnitude(x):
+    """Largest absolute value, fp32. Reads a tensor twice, and writes none."""
+    return _maximum(_cast(_highest(x), mstype.float32), -_cast(_lowest(x), mstype.float32))
+
+
+class Scaled(nn.Cell):
+    """(value, lse, d_out, d_lse) -> d_out and d_lse divided by a power of two, that power, and ``factors``.
+
+    See ``backward_arguments.cotangent_exponent`` and ``result_factors``.
+    """
+
+    def __init__(self, geometry):
+        super().__init__(auto_prefix=False)
+        self.products = 2.0 * geometry.spec.head_dim
+        self.factors = Tensor(result_factors(geometry, 1.0))
+        self.two = Tensor(2.0, mstype.float32)
+
+    def construct(self, value, lse, d_out, d_lse):
+        d_lse = _select(_less(lse, _LOWEST), _zeros_like(lse), _cast(d_lse, mstype.float32))
+        bound = self.products * _magnitude(d_out) * _magnitude(value) + _magnitude(d_lse)
+        exponent = _minimum(_ceil(_log(_maximum(bound / ROOM, 1.0)) / math.log(2.0)), MOST_EXPONENT)
+        power = _power(self.two, exponent)
+        return d_out * _cast(1.0 / power, d_out.dtype), d_lse / power, power, self.factors * power
+
+
 class QueryColumns(nn.Cell):
-    """(out, lse, d_out, d_lse) -> ``query_columns`` (B, N, 2, queries, 16), and ``minus_delta`` (B, N, queries)."""
+    """(out, lse, d_out, d_lse) -> ``query_columns`` (B, N, 2, queries, 16), and ``minus_delta`` (B, N, queries).
+
+    The cotangents are those of :class:`Scaled`: d_lse is fp32, and 0 where no key is seen.
+    """
 
     def __init__(self, geometry):
         super().__init__(auto_prefix=False)
@@ -54,7 +91,7 @@ class QueryColumns(nn.Cell):
         dead = _less(lse, _LOWEST)
         zeros = _zeros_like(lse)
         products = _cast(d_out, mstype.float32) * _cast(out, mstype.float32)
-        delta = (_sum(products, -1) - _select(dead, zeros, _cast(d_lse, mstype.float32))) * self.kept
+        delta = (_sum(products, -1) - d_lse) * self.kept
         shifted = _select(dead, zeros, lse - self.shift) / self.scale
         columns = ()
         for statistic in (shifted, delta):
@@ -79,13 +116,13 @@ class BiasGradient(nn.Cell):
         self.axes = tuple(axis for axis, size in enumerate(spec.bias_shape) if size == 1)
         self.factor = 1.0 / (1.0 - spec.dropout_rate)
 
-    def construct(self, sums, bias):
+    def construct(self, sums, bias, power):
         if self.tiles:
             sums = _transpose(sums, (0, 1, 2, 4, 6, 3, 5))
         x = _slice(_reshape(_cast(sums, mstype.float32), self.whole), (0, 0, 0, 0), self.size)
         if self.axes:
             x = _kept_sum(x, self.axes)
-        return _cast(x * self.factor, bias.dtype)
+        return _cast(x * (self.factor * power), bias.dtype)
 
 
 class SlopeGradient(nn.Cell):
@@ -100,9 +137,9 @@ class SlopeGradient(nn.Cell):
         self.size = geometry.batch_heads + (len(KEY_SUMS), spec.q_len)
         self.shared = len(spec.alibi_shape) == 1
 
-    def construct(self, sums, slopes):
+    def construct(self, sums, slopes, power):
         # Position minus key first, query by query: the terms are far larger than their sum.
         grads = _sum(_sum(_slice(sums, (0, 0, 0, 0), self.size) * self.weights, 2), -1)
         if self.shared:
             grads = _sum(grads, 0)
-        return _cast(grads, slopes.dtype)
+        return _cast(grads * power, slopes.dtype)

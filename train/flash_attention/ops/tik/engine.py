@@ -11,7 +11,7 @@ from flash_attention.ascend.entry.request import BACKWARD, FORWARD, KernelReques
 from flash_attention.ascend.geometry import Geometry
 from flash_attention.core.sharding import share
 from flash_attention.ops.autograd import AttentionCell, DifferentiableEngine
-from flash_attention.ops.tik.backward_operands import BiasGradient, QueryColumns, SlopeGradient
+from flash_attention.ops.tik.backward_operands import BiasGradient, QueryColumns, Scaled, SlopeGradient
 from flash_attention.ops.tik.custom import custom_operator
 from flash_attention.ops.tik.operands import TileOperands, constant_tensors
 from flash_attention.ops.tik.sharding import split
@@ -64,7 +64,11 @@ class Backward(nn.Cell):
         part, whole = requests(BACKWARD, spec, shards)
         geometry = whole.geometry
         self.kernel = operator(part, whole)
-        self.operands, self.columns = TileOperands(geometry, KEPT), QueryColumns(geometry)
+        self.operands, self.scaled, self.columns = (
+            TileOperands(geometry, KEPT),
+            Scaled(geometry),
+            QueryColumns(geometry),
+        )
         constants = constant_tensors(part.constants())
         self.key_columns, self.constants = constants[:1], constants[1:]
         self.has_dropout, self.has_bias = spec.dropout_rate > 0, spec.bias_shape is not None
@@ -78,14 +82,15 @@ class Backward(nn.Cell):
         self, query, key, value, bias, mask, slopes, sinks, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed,
         out, lse, d_out, d_lse,
     ):  # fmt: skip
+        d_out, d_lse, power, factors = self.scaled(value, lse, d_out, d_lse)
         columns, minus_delta = self.columns(out, lse, d_out, d_lse)
-        inputs = (query, key, value, d_out, columns) + self.key_columns
+        inputs = (query, key, value, d_out, columns) + self.key_columns + (factors,)
         inputs = inputs + self.operands(query, bias, mask, slopes, seed)
         if self.has_dropout:
             inputs = inputs + (minus_delta,)
         grads = self.kernel(*(inputs + self.constants))
-        d_bias = self.bias(grads[3], bias) if self.has_bias else None
-        d_slopes = self.slopes(grads[-1], slopes) if self.has_slopes else None
+        d_bias = self.bias(grads[3], bias, power) if self.has_bias else None
+        d_slopes = self.slopes(grads[-1], slopes, power) if self.has_slopes else None
         return grads[0], grads[1], grads[2], d_bias, d_slopes, None
 
 

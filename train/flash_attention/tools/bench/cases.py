@@ -154,6 +154,32 @@ def geometric_patterns(length, first=2048):
     return tuple(first * rate for rate in rates), rates
 
 
+BUCKETS = {"hash4": 4, "hash16": 16}
+KEPT = {"qk50": 0.5, "qk25": 0.25}
+"""Candidates of dynamic sparse attention: the number of balanced buckets, or the share of the tokens kept."""
+
+
+def sparse_indices(case, candidate):
+    """``(mode, q_idx, k_idx)`` of such a candidate, drawn at random: (B, S, N) bucket ids or flags."""
+    rng, shape = np.random.default_rng(SEED), (2, case.batch, case.q_len, case.heads)
+    if candidate in BUCKETS:
+        return ("hash",) + tuple(rng.integers(0, BUCKETS[candidate], shape).astype(np.int32))
+    return ("qk",) + tuple(rng.random(shape) < KEPT[candidate])
+
+
+def routed_layer(case):
+    """``(width, keywords)`` of CoLT5's attention in a layer of the case's heads: a quarter of them light.
+
+    One query of 16 and one key of 8 are routed, as in the paper.
+    """
+    light = max(1, case.heads // 4)
+    sizes = {"light_heads": light, "heavy_heads": case.heads - light}
+    sizes.update(light_dim_head=case.head_dim, heavy_dim_head=case.head_dim)
+    return case.heads * case.head_dim, dict(
+        sizes, num_heavy_tokens_q=max(1, case.q_len // 16), num_heavy_tokens_kv=max(1, case.q_len // 8)
+    )
+
+
 def round_to(x, dtype):
     """float32 values rounded to ``dtype`` (nearest even), still stored as float32."""
     if dtype == "float16":

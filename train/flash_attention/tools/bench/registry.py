@@ -11,10 +11,12 @@ SUITES = (
     ("flash_attention", "flash_attention.tools.bench.suite_jax"),
     ("flash_attention", "flash_attention.tools.bench.suite_mindspore"),
     ("flash_attention", "flash_attention.tools.bench.suite_mechanisms"),
+    ("flash_attention", "flash_attention.tools.bench.suite_integration"),
     ("flash_attention_infer", "flash_attention_infer.tools.bench"),
 )
 
 DIRECTIONS = ("fwd", "fwd+bwd")
+FRAMEWORKS = ("jax", "mindspore", "torch")  # whose entries are one attention call each
 
 
 class Entry(NamedTuple):
@@ -63,6 +65,7 @@ class Benchmark(NamedTuple):
             'cpu_class' and 'limits'.
         frameworks: whose limits are measured with it.
         budget: seconds that the rounds of one job should take.
+        library: the model library whose environment it needs; such benchmarks run by name or by --integration.
     """
 
     name: str
@@ -71,11 +74,13 @@ class Benchmark(NamedTuple):
     figures: Callable
     frameworks: Tuple[str, ...]
     budget: float = 8.0
+    library: Optional[str] = None
 
     @property
     def sources(self):
         """Sub-packages whose code decides its results (MindSpore may compute with the JAX engine)."""
-        return ("core", "jax") + (("nn", "ops") if "mindspore" in self.frameworks else ())
+        parts = ("core", "jax") + (("nn", "ops") if "mindspore" in self.frameworks else ())
+        return parts + (("integrations",) if self.library else ())
 
 
 BENCHMARKS = {}

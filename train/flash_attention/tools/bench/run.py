@@ -19,6 +19,9 @@ def add_arguments(parser):
     """Names and where the results go."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all); see --list")
     parser.add_argument("--list", action="store_true", help="list the benchmarks")
+    parser.add_argument(
+        "--integration", action="store_true", help="run the benchmarks of the model library that is installed here"
+    )
     out = os.path.join("docs", "benchmarks")
     parser.add_argument("--out", default=out, metavar="DIR", help="folder of the results (default {})".format(out))
     parser.add_argument("--minutes", type=float, default=20.0, help="start no job of a NAME after this (default 20)")
@@ -42,8 +45,15 @@ def run(args):
         args.parser.error("NAME must be one of {}, but got {}.".format(", ".join(benchmarks), ", ".join(unknown)))
     if machine.idle_cores():
         print("This machine: {}".format(machine.idle_cores()))
+    names = args.names or [name for name, benchmark in benchmarks.items() if benchmark.library is None]
+    if args.integration:
+        names = [name for name, benchmark in benchmarks.items() if benchmark.library and machine.installed(name)]
+        if args.names or not names:
+            args.parser.error(
+                "--integration needs a model library and no NAME; `bash build.sh bench --integration` installs them."
+            )
     code = 0
-    for name in args.names or benchmarks:
+    for name in names:
         code = max(code, run_one(benchmarks[name], args))
     return code
 
@@ -142,7 +152,7 @@ def document_of(benchmark, jobs, content):
         "rows": report.rows_of(jobs, content["jobs"]),
         "figures": [figure for figure in figures if figure["value"] is not None],
         "not_measured": [figure for figure in figures if figure["value"] is None],
-        "command": "bash build.sh bench {}".format(benchmark.name),
+        "command": "bash build.sh bench {}".format("--integration" if benchmark.library else benchmark.name),
     }
 
 

@@ -54,5 +54,111 @@ def _dilated_figures(results, machine):
     return figures
 
 
+# --- dynamic sparse and landmark attention: fewer pairs, or as many, beside the dense core at the same length ---------
+
+_SPARSE_LENGTHS = {"fwd": 16384, "fwd+bwd": 16384}
+_SPARSE = ("hash4", "hash16", "qk50", "qk25", "landmark")
+
+
+def _sparse_jobs():
+    jobs = []
+    for way, length in _SPARSE_LENGTHS.items():
+        entries = [Entry("JAX " + name, "jax", name, _case(length)) for name in ("xla",) + _SPARSE]
+        jobs.append(Job("S{}".format(length), way, tuple(entries), base="JAX xla"))
+    names = ("portable", "hash16/pynative", "qk25/pynative", "landmark")
+    entries = [Entry("MindSpore " + name, "mindspore", name, _case(4096)) for name in names]
+    return jobs + [Job("S4096", "fwd", tuple(entries), base="MindSpore portable")]
+
+
+def _sparse_figures(results, machine):
+    del machine
+    figures = []
+    for way, length in _SPARSE_LENGTHS.items():
+        for name, bound in (("hash4", 1.5), ("hash16", 3.0), ("qk50", 2.0), ("qk25", 4.0)):
+            gain = results.ratio("S{}".format(length), way, "JAX xla", "JAX " + name)
+            figures.append(at_least("{} {}: gain over dense at S={:,}".format(name, way, length), gain, bound))
+        cost = results.ratio("S{}".format(length), way, "JAX landmark", "JAX xla")
+        figures.append(at_most("landmark {}: time over dense at S={:,}".format(way, length), cost, 4.0))
+    for name in ("hash16/pynative", "qk25/pynative"):
+        gain = results.ratio("S4096", "fwd", "MindSpore portable", "MindSpore " + name)
+        figures.append(said("MindSpore {}: gain over dense at S=4,096".format(name), gain, "x"))
+    return figures
+
+
 _FRAMEWORKS = ("jax", "mindspore")
+
+# --- blockwise attention in chunks of 512, beside the dense formula ---------------------------------------------------
+
+_CHUNKED = (2048, 8192)
+_LONG = 16384  # the dense formula would hold 2 GB of scores
+
+
+def _blockwise_jobs():
+    jobs = []
+    for way in ("fwd", "fwd+bwd"):
+        for length in _CHUNKED:
+            entries = tuple(Entry("JAX " + name, "jax", name, _case(length)) for name in ("blockwise", "naive"))
+            if length == _CHUNKED[0]:
+                entries += (Entry("MindSpore blockwise", "mindspore", "blockwise", _case(length)),)
+            jobs.append(Job("S{}".format(length), way, entries, base="JAX naive"))
+        for length in (_CHUNKED[-1], _LONG):
+            names = ("blockwise", "naive") if length == _CHUNKED[-1] else ("blockwise",)
+            entries = tuple(Entry("JAX " + name, "jax", name, _case(length)) for name in names)
+            jobs.append(Job("S{}".format(length), way, entries, "memory"))
+    return jobs
+
+
+def _blockwise_figures(results, machine):
+    del machine
+    figures = []
+    last, longer = ("S{}".format(length) for length in (_CHUNKED[-1], _LONG))
+    for way in ("fwd", "fwd+bwd"):
+        gain = results.ratio(last, way, "JAX naive", "JAX blockwise")
+        figures.append(
+            at_least("blockwise {}: gain over the dense formula at S={:,}".format(way, _CHUNKED[-1]), gain, 1.5)
+        )
+        extra = [results.value(key, way, "JAX blockwise", "extra_bytes", "memory") for key in (last, longer)]
+        dense = results.value(last, way, "JAX naive", "extra_bytes", "memory")
+        growth = "blockwise {}: extra memory, S={:,} / S={:,}".format(way, _LONG, _CHUNKED[-1])
+        figures.append(at_most(growth, quotient(extra[1], extra[0]), 2.5))
+        name = "blockwise {}: extra memory, share of the dense formula's at S={:,}".format(way, _CHUNKED[-1])
+        figures.append(at_most(name, quotient(extra[0], dense), 0.25))
+    return figures
+
+
+# --- CoLT5's attention layer beside dense attention of the same width -------------------------------------------------
+
+_ROUTED = (4096, 8192)
+
+
+def _colt5_jobs():
+    jobs = []
+    for way in ("fwd", "fwd+bwd"):
+        for length in _ROUTED:
+            case = Case(1, 8, length, 64)
+            entries = tuple(Entry("JAX " + name, "jax", name, case) for name in ("colt5", "dense layer"))
+            if length == _ROUTED[0] and way == "fwd":
+                entries += (Entry("MindSpore colt5", "mindspore", "colt5", case),)
+            jobs.append(Job("S{}".format(length), way, entries, base="JAX dense layer"))
+    return jobs
+
+
+def _colt5_figures(results, machine):
+    del machine
+    figures = []
+    for way in ("fwd", "fwd+bwd"):
+        for length in _ROUTED:
+            gain = results.ratio("S{}".format(length), way, "JAX dense layer", "JAX colt5")
+            name = "colt5 {}: gain over the dense layer at S={:,}".format(way, length)
+            figures.append(at_least(name, gain, 1.5))
+    return figures
+
+
+register(
+    Benchmark(
+        "blockwise", "chunked attention beside the dense formula", _blockwise_jobs, _blockwise_figures, _FRAMEWORKS
+    )
+)
 register(Benchmark("dilated", "LongNet's mixture to S=1,048,576", _dilated_jobs, _dilated_figures, _FRAMEWORKS, 20.0))
+register(Benchmark("sparse", "buckets, kept tokens, landmarks", _sparse_jobs, _sparse_figures, _FRAMEWORKS, 20.0))
+register(Benchmark("colt5", "CoLT5's layer beside a dense one", _colt5_jobs, _colt5_figures, _FRAMEWORKS))
