@@ -175,7 +175,7 @@ make_env() { # make_env EXTRA...   sets VENV and makes it hold jax, MindSpore un
 
 # --- bash build.sh test [all|integration] [pytest arguments] -----------------------------------------------------------------
 run_tests() {
-    local what=fast select status=0 cores
+    local what=fast select status=0 cores order=--loadscope-reorder
     export FLASH_COMMAND="bash build.sh test" FLASH_RUN_START="${FLASH_RUN_START:-$(date +%s)}" # for the table of figures
     case ${1:-} in all | integration) what=$1 FLASH_COMMAND+=" $1"; shift ;; esac
     make_env test
@@ -189,6 +189,7 @@ run_tests() {
         select="not integration"
         if [ -n "${FLASH_FAST_DONE:-}" ]; then select="slow and not integration"; fi
         export FLASH_ROTATE=1
+        order=--no-loadscope-reorder # the files in the day's order, not the largest first
         ;;
     esac
     # The model libraries come last, every third day first: what a deadline cuts off is another part each day.
@@ -196,7 +197,7 @@ run_tests() {
     if [ "$what" = all ] && [ $((10#$(date +%j) % 3)) -eq 1 ]; then first=1; fi
     if [ $first -eq 1 ]; then (test_libraries "$@") || status=$?; fi
     cores=$("$VENV/bin/python" -c "import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()))")
-    "$VENV/bin/python" -m pytest -m "$select" -n "${FLASH_TEST_WORKERS:-$cores}" --dist loadfile --timeout "${FLASH_TEST_TIMEOUT:-900}" --durations 15 "$@" || status=$?
+    "$VENV/bin/python" -m pytest -m "$select" -n "${FLASH_TEST_WORKERS:-$cores}" --dist loadfile $order --timeout "${FLASH_TEST_TIMEOUT:-900}" --durations 15 "$@" || status=$?
     if [ "$what" = all ]; then
         [ $first -eq 1 ] || (test_libraries "$@") || status=$?
         "$VENV/bin/python" tests/must_show.py --since "$FLASH_RUN_START"

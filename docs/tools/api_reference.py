@@ -68,13 +68,13 @@ PUBLIC = (
             ("nn/layer/triangle_attention.py", "flash_attention.nn", ("TriangleAttention",)),
             ("nn/layer/projection.py", "flash_attention.nn", ("weights_of", "load_weights")),
             ("nn/layer/positions.py", "flash_attention.nn", ("Rotary", "XPos", "T5Bias", "alibi_bias")),
-            ("ops/sampling.py", "flash_attention.ops.sampling", ("sample",)),
             (
                 "integrations/mindformers.py",
                 "flash_attention.integrations.mindformers",
                 ("enable", "disable", "FlashAttention"),
             ),
             ("integrations/mindone.py", "flash_attention.integrations.mindone", ("enable", "disable")),
+            ("ops/sampling.py", "flash_attention.ops.sampling", ("sample",)),
         ),
     ),
     (

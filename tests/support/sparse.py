@@ -95,13 +95,17 @@ class Calls:
 class Sparse(Calls):
     """What defines the mechanism, and its misuse."""
 
-    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-    def test_equals_masked_softmax(self, case):
+    def check_case(self, case):
+        """Compare output and gradients of a case with the judge."""
         q, k, v, d_out, q_idx, k_idx = draws(case)
         call = self.call("dynamic_sparse_attention", sparsity_mode=case.mode)
         out, grads = self.judged(call, [q, k, v, q_idx, k_idx], d_out, case.dtype)
         got = dict(zip(("out", "query", "key", "value"), [out] + grads))
         check(got, functools.partial(dense, case=case), case.dtype, self.functions)
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    def test_equals_masked_softmax(self, case):
+        self.check_case(case)
 
     def test_all_together_is_causal_attention(self):
         """One bucket; all kept."""
@@ -114,7 +118,10 @@ class Sparse(Calls):
 
     @pytest.mark.parametrize("case", [HASH, QK], ids=lambda case: case.mode)
     def test_what_is_not_selected_is_never_read(self, case):
-        """NaN there changes no result, and its gradient is exactly 0."""
+        self.check_never_read(case)
+
+    def check_never_read(self, case):
+        """NaN in what is not selected changes no result, and its gradient is exactly 0."""
         q, k, v, d_out, q_idx, k_idx = draws(case)
         if case.mode == "hash":  # buckets without a query, and queries without a key
             q_idx[q_idx == 0], k_idx[k_idx == 1000000007] = 77, 88

@@ -202,15 +202,6 @@ def test_the_fused_loss_never_forms_the_logits(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_network_of_a_block_stays_in_chunks(tmp_path):
-    """Nothing of the length times the network's width, nor of the length squared."""
-    block = BlockwiseParallel(32, 32, 16, 2, 4, 128, policy=None, engine="portable").set_train(False)
-    shapes = output_shapes(str(tmp_path), lambda: block(_tensor(np.ones((1, 256, 16)))))
-    assert (1, 32, 128) in shapes or (32, 128) in shapes
-    assert max(np.prod(shape) for shape in shapes) <= 2 * 32 * 256
-
-
-@pytest.mark.slow
 def test_loss_in_a_graph():
     LossInGraph().check_mean(4, "chunk_mean")
     LossInGraph().check_nothing_valid()

@@ -20,7 +20,10 @@ from flash_attention.core.mechanisms.sparse import check_tensors
 from flash_attention.core.validation import check_int, check_scale
 
 NONE = -float("inf")
+"""Logit of what is not seen."""
+
 FINITE = -3e38
+"""A maximum below this is one of nothing: -inf, or the lowest number, which MindSpore gives for an empty section."""
 
 
 def group_softmax(where, exp, log, grouping, scores, seen, is_landmark, past, own):

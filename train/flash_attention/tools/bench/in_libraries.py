@@ -35,8 +35,8 @@ def build(case, direction, candidate, arrays):
         raise ValueError("a training step is 'fwd+bwd', but got '{}'".format(direction))
     name, attention = candidate.split()
     ms.set_context(mode=ms.PYNATIVE_MODE)
-    loss_of = MODELS[name](case, None if attention == "eager" else attention)
-    model = loss_of.model.set_train()
+    model, loss_of = MODELS[name](case, None if attention == "eager" else attention)
+    model.set_train()
     optimizer = nn.AdamWeightDecay(model.trainable_params(), 1e-4)
     step = ms.value_and_grad(loss_of, None, optimizer.parameters)
     tokens = np.random.default_rng(SEED).integers(0, VOCABULARY, (case.batch, case.q_len + 1))
@@ -48,16 +48,6 @@ def build(case, direction, candidate, arrays):
         loss.asnumpy()
 
     return call, lambda: (None, None)  # the tests judge the results
-
-
-class _Loss:
-    """``loss(tokens (B, S + 1))`` of a model; the model shifts the tokens itself."""
-
-    def __init__(self, model, call):
-        self.model, self.call = model, call
-
-    def __call__(self, tokens):
-        return self.call(self.model, tokens)
 
 
 def _mindformers_llama(case, engine):
@@ -85,7 +75,8 @@ def _mindformers_llama(case, engine):
         use_flash_attention=engine is not None,
         **{name: case.dtype for name in dtypes}
     )  # fmt: skip
-    return _Loss(LlamaForCausalLM(config), lambda model, tokens: model(tokens))
+    model = LlamaForCausalLM(config)
+    return model, model
 
 
 def _mindone_model(config, model_class, engine):
@@ -97,10 +88,12 @@ def _mindone_model(config, model_class, engine):
         mindone.enable("flash_910", engine)
         config._attn_implementation = "flash_910"
 
-    def loss_of(model, tokens):
+    model = model_class(config)
+
+    def loss_of(tokens):
         return model(input_ids=tokens, labels=tokens, use_cache=False, return_dict=False)[0]
 
-    return _Loss(model_class(config), loss_of)
+    return model, loss_of
 
 
 def _mindone_llama(case, engine):
@@ -129,4 +122,5 @@ def _mindone_bloom(case, engine):
     return _mindone_model(config, BloomForCausalLM, engine)
 
 
+# {name: function(case, engine or None) -> (model, function of tokens (B, S + 1) that gives the loss)}
 MODELS = {"LLaMA": _mindformers_llama, "llama": _mindone_llama, "bloom": _mindone_bloom}
