@@ -27,8 +27,18 @@ def check(got, compute, dtype="float32", functions=None, plain=None, exps=1):
     """Fail unless each result in `got` is as close to the formula's float64 result as the table of tolerances asks.
 
     `plain`: the formula of the naive implementation, where that would compute in other steps than the judge; `exps` as
-    in `tolerances.assert_close`.
+    in `tolerances.assert_close`. As in `conformance.judge`, where a bound is missed the naive results are made again
+    with the framework's own matrix product, whose sums may be rounded otherwise than numpy's.
     """
+    try:
+        _check(got, compute, dtype, functions, plain, exps)
+    except AssertionError:
+        if not hasattr(functions, "with_products"):
+            raise
+        _check(got, compute, dtype, functions.with_products, plain, exps)
+
+
+def _check(got, compute, dtype, functions, plain, exps):
     want, naive = compute(np), naive_results(plain or compute, dtype, functions)
     for forward, direction in ((True, FORWARD), (False, GRADIENTS)):
         names = [name for name in got if (name in ("out", "lse")) == forward]

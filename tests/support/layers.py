@@ -38,11 +38,22 @@ def _run(formula, params, arrays, d_out, dtype):
 
 def check_layer(got, formula, params, arrays, d_out, dtype="float32"):
     """Output, input gradients and parameter gradients against the judge; naive: the formula in float32."""
-    want, naive = judge(formula, params, arrays, d_out), _run(formula, params, arrays, d_out, jnp.float32)
+    check_draws([(got, arrays, d_out)], formula, params, dtype)
+
+
+def check_draws(runs, formula, params, dtype="float32"):
+    """`check_layer` of several draws ``(got, arrays, d_out)``: the largest error of all, of the naive formula's too."""
+    want = [judge(formula, params, arrays, d_out) for _, arrays, d_out in runs]
+    naive = [_run(formula, params, arrays, d_out, jnp.float32) for _, arrays, d_out in runs]
     for part, direction in ((0, FORWARD), (1, GRADIENTS)):
-        select = [_named(results, part) for results in (got, want, naive)]
+        select = [_stacked(results, part) for results in ([got for got, _, _ in runs], want, naive)]
         assert set(select[0]) == set(select[1])
         assert_close(select[0], select[1], [select[2]], dtype, direction)
+
+
+def _stacked(runs, part):
+    named = [_named(results, part) for results in runs]
+    return {name: np.stack([np.asarray(results[name]) for results in named]) for name in named[0]}
 
 
 def _named(results, part):

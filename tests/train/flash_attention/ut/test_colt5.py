@@ -21,7 +21,7 @@ from support.colt5 import (
     Router,
     X,
 )
-from support.layers import attention, check_layer, dense, split
+from support.layers import attention, check_draws, check_layer, dense, split
 
 from flash_attention.core.mechanisms import colt5 as shared
 from flash_attention.jax import (
@@ -178,7 +178,9 @@ def test_feed_forward():
 @pytest.mark.slow
 def test_block():
     layer = ConditionalRoutedTransformerBlock(DIM, **BLOCK)
-    check_layer(in_jax.run_layer(layer, [X], X_OUT), block, layer.params, [X], X_OUT)
+    draws = [(sign * X, share * X_OUT) for sign in (1, -1) for share in (1, 0.7, 0.3)]
+    runs = [(in_jax.run_layer(layer, [x], d_out), [x], d_out) for x, d_out in draws]
+    check_draws(runs, block, layer.params)
 
 
 _cross = functools.partial(heavy, counts=(5, 7), sets=2)

@@ -297,10 +297,16 @@ class _Landmark(nn.Cell):
         return largest, total, spread
 
 
+@constexpr
+def _row_starts(batch, length):
+    """(B, 1): where each batch row begins among all of them."""
+    return Tensor((np.arange(batch, dtype=np.int32) * length)[:, None])
+
+
 def _by_section(section):
     """Grouping by the section number (B, K) of each key, along the first axis of a transposed tile."""
     batch, length = section.shape
-    index = _reshape(section + _reshape(ops.arange(batch).astype(mstype.int32) * length, (batch, 1)), (-1,))
+    index = _reshape(section + _row_starts(batch, length), (-1,))
 
     def turned(x):
         x = _transpose(x, (0, 3, 1, 2))
