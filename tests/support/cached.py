@@ -214,11 +214,11 @@ class Cached:
         return [([1, 1], False, None)] + [([guessed, guessed], True, right)] * ((length - 1) // right)
 
     # --- properties -------------------------------------------------------------------------------
-    @fast(0, 1, 2, 3)
+    @fast(0)
     def test_token_by_token(self, case):
         self.check_plan(case, 15, self.one_by_one(15, first=8))
 
-    @fast(1, 2)
+    @fast(3)
     def test_ragged_chunks(self, case):
         self.check_plan(case, 40, self.ragged(40))
 

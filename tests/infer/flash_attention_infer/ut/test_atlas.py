@@ -207,7 +207,12 @@ def operators(monkeypatch):
     return called
 
 
-@pytest.mark.parametrize("case, block_size", CASES, ids=[case.name for case, _ in CASES])
+FAST = ("int8", "ring")
+
+
+@pytest.mark.parametrize("case, block_size", [
+    pytest.param(case, size, id=case.name, marks=() if case.name in FAST else pytest.mark.slow) for case, size in CASES
+])  # fmt: skip
 def test_cells_on_the_models(operators, case, block_size):
     """Chunks, single tokens, ragged batches and speculation against one forward over everything."""
     here = OnAtlas()

@@ -1,7 +1,7 @@
 """KV caches in MindSpore: the properties of support/cached.py in both modes."""
 
 import pytest
-from support.cached import ALL, FAST, Case, cases
+from support.cached import ALL, FAST, Case, cases, fast
 from support.cached_mindspore import InMindSpore
 
 from flash_attention.ops import flash_attention
@@ -18,7 +18,7 @@ class InGraph(InMindSpore):
     mode = "graph"
 
 
-@pytest.mark.parametrize("case", FAST[1:3], ids=lambda case: case.name)
+@fast(1)
 def test_graph(case):
     InGraph().check_plan(case, 15, InGraph.one_by_one(15, first=13))
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 from support import in_mindspore
-from support.sampling import Sampled
+from support.sampling import LOGITS, Sampled
 
+from flash_attention.core import sampling
 from flash_attention.ops.sampling import sample
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu, pytest.mark.platform_arm_ascend_training]
@@ -39,8 +40,11 @@ class InGraph(_InMode):
 
 
 def test_graph():
-    InGraph().test_equals_numpy({"temperature": 1.5, "top_k": 20, "top_p": 0.8, "min_p": 0.05})
-    InGraph().test_refuses({"top_k": 0}, "'top_k' must be an int >= 1, but got 0")
+    options = {"temperature": 1.5, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
+    want = sampling.sample(np, LOGITS, np.uint32(7), np.uint32(3), sampling.Sampling(**options))
+    np.testing.assert_array_equal(InGraph().sample(LOGITS, 7, 3, **options), want)
+    with pytest.raises(ValueError, match="'top_k' must be an int >= 1, but got 0"):
+        InGraph().sample(LOGITS, 7, 3, top_k=0)
 
 
 def test_ints_as_seeds():
