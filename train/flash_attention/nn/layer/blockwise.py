@@ -183,14 +183,14 @@ def over_chunks(cell, x, size):
     length = x.shape[1]
     if size >= length:
         return cell(x)
-    wide, outs = computable(x), ()
-    for start in range(0, length, size):
+    wide = computable(x)
+    first = cell(wide[:, :size].astype(x.dtype))
+    outs = (computable(first),)
+    for start in range(size, length, size):
         chunk = wide[:, start : min(start + size, length)].astype(x.dtype)
-        if start > 0:
-            chunk = _depend(chunk, outs[-1])  # else a graph runs breadth first and holds all chunks at once
-        out = cell(chunk)
-        outs = outs + (computable(out),)
-    return ops.concat(outs, 1).astype(out.dtype)
+        # Each waits for the one before, else a graph runs breadth first and holds all chunks at once.
+        outs = outs + (computable(cell(_depend(chunk, outs[-1]))),)
+    return ops.concat(outs, 1).astype(first.dtype)
 
 
 @constexpr
