@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from support import mechanism_arguments
 from support.jax_engines import JaxEngine
-from support.mechanism_arguments import D, K, N, T  # noqa: F401
+from support.mechanism_arguments import B, D, K, N, T  # noqa: F401
 
 from flash_attention.jax import AttentionMetadata, AttentionRegistry
 

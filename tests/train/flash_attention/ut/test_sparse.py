@@ -89,6 +89,7 @@ def visited(attend, length, *indices):
     return sum(counts) / 2
 
 
+@pytest.mark.slow
 def test_work_falls_with_the_buckets():
     length = 2048
     pairs = {}
