@@ -16,6 +16,11 @@ def to_layout(x, layout):
     return x if layout == "BNSD" else x.swapaxes(1, 2)
 
 
+def in_float64():
+    """A context in which JAX computes in float64; newer versions spell it otherwise."""
+    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+
+
 class Functions:
     """XLA's own functions on numpy arrays, for the naive implementation: its tanh and exp are off by several units."""
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from support.jax_engines import in_float64
 
 from flash_attention.core.mechanisms.weights import flatten_params
 from tolerances import FORWARD, GRADIENTS, assert_close
@@ -12,7 +13,7 @@ from tolerances import FORWARD, GRADIENTS, assert_close
 
 def judge(formula, params, arrays, d_out):
     """`(out, input gradients, {name: gradient})` of `formula(params, *arrays)` in float64."""
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with in_float64():
         return _run(formula, params, arrays, d_out, jnp.float64)
 
 

@@ -22,6 +22,7 @@ from support.blockwise import (
     X,
     draws,
 )
+from support.jax_engines import in_float64
 from support.layers import attention, check_layer, dense, split
 from support.positions import rotated
 
@@ -81,7 +82,7 @@ def test_attention_dropout_does_not_depend_on_chunks():
 
 @pytest.mark.slow
 def test_float64():
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with in_float64():
         q, k, v, _ = (jnp.asarray(x, jnp.float64) for x in draws(PLAIN)[0])
         out = blockwise_compute_attn(q, k, v, dtype=jnp.float64, query_chunk_size=8)
         scores = np.where(np.tri(37, dtype=bool), np.einsum("bihd,bjhd->bhij", q, k), -np.inf)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import in_jax
+from support.jax_engines import in_float64
 from support.landmark import BEST, IRREGULAR, REGULAR, Landmark, MoreLandmark, dense, draws
 
 from flash_attention.core.errors import UnsupportedError
@@ -46,7 +47,7 @@ def test_traced_pattern(case):
 
 @pytest.mark.parametrize("case", [REGULAR, pytest.param(IRREGULAR, marks=pytest.mark.slow)], ids=lambda case: case.name)
 def test_float64(case):
-    with jax.experimental.enable_x64():
+    with in_float64():
         *given, d_out = (jnp.asarray(x) for x in draws(case))
         call = functools.partial(fused_landmark_attention, is_mem=case.landmarks(), **case.options())
         out, pullback = jax.vjp(call, *given)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import in_jax
+from support.jax_engines import in_float64
 from support.sparse import HASH, QK, MoreSparse, Sparse, dense, draws
 
 import flash_attention.jax as public
@@ -56,7 +57,7 @@ class TestMoreInJax(_InJax, MoreSparse):
 @pytest.mark.parametrize("case", [HASH, pytest.param(QK, marks=pytest.mark.slow)], ids=lambda case: case.mode)
 def test_float64(case):
     q, k, v, d_out, q_idx, k_idx = draws(case)
-    with jax.experimental.enable_x64():
+    with in_float64():
         call = functools.partial(public.dynamic_sparse_attention, sparsity_mode=case.mode)
         out, pullback = jax.vjp(lambda *x: call(*x, q_idx, k_idx), *(jnp.asarray(x) for x in (q, k, v)))
         got = dict(zip(("out", "query", "key", "value"), (out, *pullback(jnp.asarray(d_out)))))
