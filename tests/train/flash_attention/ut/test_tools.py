@@ -691,5 +691,7 @@ def test_threads_of_the_pool_are_spread_over_the_cores(tmp_path, monkeypatch):
     pinned = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1})
     monkeypatch.setattr(os, "sched_setaffinity", lambda task, cores: pinned.append((task, cores)))
-    bench_worker.spread_threads(str(tmp_path))
+    bench_worker.spread_threads(False, str(tmp_path))
     assert pinned == [(9, {1}), (10, {3}), (100, {1})]
+    bench_worker.spread_threads(True, str(tmp_path))
+    assert pinned[3:] == pinned[:3] + [(0, {1})]

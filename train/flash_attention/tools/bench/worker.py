@@ -63,8 +63,10 @@ def _timed(call):
     return time.perf_counter() - begin
 
 
-def spread_threads(tasks="/proc/self/task"):
+def spread_threads(main, tasks="/proc/self/task"):
     """Pin the threads of XLA's pool to one core each, as OMP_PROC_BIND does with OpenMP's (Linux).
+
+    ``main``: the thread that starts the programs too, to the first core.
 
     Two of them on the same core, where the scheduler of a small virtual machine may leave them for minutes, made calls
     of many short operations (decoding) 3.5 times as long, a matter of chance that a comparison must not depend on.
@@ -75,6 +77,8 @@ def spread_threads(tasks="/proc/self/task"):
     pool = [task for task in sorted(os.listdir(tasks), key=int) if "Eigen" in _name(os.path.join(tasks, task, "comm"))]
     for number, task in enumerate(pool):
         os.sched_setaffinity(int(task), {cores[number % len(cores)]})
+    if main:
+        os.sched_setaffinity(0, {cores[0]})
 
 
 def _name(path):
@@ -98,6 +102,7 @@ class Desk:
     """The candidates at hand, by key, and the commands."""
 
     def __init__(self, framework):
+        self.framework = framework
         self.module = importlib.import_module("flash_attention.tools.bench." + MODULES[framework])
         self.entries = {}
 
@@ -106,7 +111,7 @@ class Desk:
         arrays = case.arrays()
         call, results = self.module.build(case, direction, candidate, arrays)
         first = _timed(call)
-        spread_threads()
+        spread_threads(main=self.framework == "jax")
         second = _timed(call)
         self.entries[key] = call, results, case, arrays
         return {"first_s": first, "second_s": second}
