@@ -63,6 +63,9 @@ def _timed(call):
     return time.perf_counter() - begin
 
 
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def spread_threads(main, tasks="/proc/self/task"):
     """Pin the threads of XLA's pool to one core each, as OMP_PROC_BIND does with OpenMP's (Linux).
 
@@ -71,14 +74,13 @@ def spread_threads(main, tasks="/proc/self/task"):
     Two of them on the same core, where the scheduler of a small virtual machine may leave them for minutes, made calls
     of many short operations (decoding) 3.5 times as long, a matter of chance that a comparison must not depend on.
     """
-    if not (hasattr(os, "sched_setaffinity") and os.path.isdir(tasks)):
+    if not (CORES and os.path.isdir(tasks)):
         return
-    cores = sorted(os.sched_getaffinity(0))
     pool = [task for task in sorted(os.listdir(tasks), key=int) if "Eigen" in _name(os.path.join(tasks, task, "comm"))]
     for number, task in enumerate(pool):
-        os.sched_setaffinity(int(task), {cores[number % len(cores)]})
+        os.sched_setaffinity(int(task), {CORES[number % len(CORES)]})
     if main:
-        os.sched_setaffinity(0, {cores[0]})
+        os.sched_setaffinity(0, {CORES[0]})
 
 
 def _name(path):
