@@ -24,7 +24,6 @@ from flash_attention.core.spec import AttentionSpec, Operands
 from flash_attention.tools import check, cli, info, machine
 from flash_attention.tools.bench import distance, judge, limits, measure, registry, report
 from flash_attention.tools.bench import run as bench_run
-from flash_attention.tools.bench import worker as bench_worker
 from flash_attention.tools.bench.cases import SEED, Case, round_to
 from flash_attention.tools.frontends import FRONT_ENDS, FrontEnd
 
@@ -681,17 +680,3 @@ def test_mindspore_candidates_agree_with_float64(direction):
         pool.close()
     for label in labels:
         assert max(found[label]["error"].values()) < 1e-5, found[label]
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned here")
-def test_threads_of_the_pool_are_spread_over_the_cores(tmp_path, monkeypatch):
-    for task, name in ((9, "tf_XLAEigen"), (12, "python"), (10, "tf_XLAEigen"), (100, "tf_XLAEigen")):
-        (tmp_path / str(task)).mkdir()
-        (tmp_path / str(task) / "comm").write_text(name + "\n")
-    pinned = []
-    monkeypatch.setattr(bench_worker, "CORES", [1, 3])
-    monkeypatch.setattr(os, "sched_setaffinity", lambda task, cores: pinned.append((task, cores)))
-    bench_worker.spread_threads(False, str(tmp_path))
-    assert pinned == [(9, {1}), (10, {3}), (100, {1})]
-    bench_worker.spread_threads(True, str(tmp_path))
-    assert pinned[3:] == pinned[:3] + [(0, {1})]

@@ -63,34 +63,6 @@ def _timed(call):
     return time.perf_counter() - begin
 
 
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-
-
-def spread_threads(main, tasks="/proc/self/task"):
-    """Pin the threads of XLA's pool to one core each, as OMP_PROC_BIND does with OpenMP's (Linux).
-
-    ``main``: the thread that starts the programs too, to the first core.
-
-    Two of them on the same core, where the scheduler of a small virtual machine may leave them for minutes, made calls
-    of many short operations (decoding) 3.5 times as long, a matter of chance that a comparison must not depend on.
-    """
-    if not (CORES and os.path.isdir(tasks)):
-        return
-    pool = [task for task in sorted(os.listdir(tasks), key=int) if "Eigen" in _name(os.path.join(tasks, task, "comm"))]
-    for number, task in enumerate(pool):
-        os.sched_setaffinity(int(task), {CORES[number % len(CORES)]})
-    if main:
-        os.sched_setaffinity(0, {CORES[0]})
-
-
-def _name(path):
-    try:
-        with open(path, encoding="ascii", errors="replace") as stream:
-            return stream.read()
-    except OSError:  # a thread that has ended meanwhile
-        return ""
-
-
 def best_seconds(call, budget=0.3):
     """Shortest of the calls that fit into ``budget`` seconds, after one untimed call."""
     call()
@@ -104,7 +76,6 @@ class Desk:
     """The candidates at hand, by key, and the commands."""
 
     def __init__(self, framework):
-        self.framework = framework
         self.module = importlib.import_module("flash_attention.tools.bench." + MODULES[framework])
         self.entries = {}
 
@@ -112,9 +83,7 @@ class Desk:
         """Build a candidate and call it twice: the first call compiles."""
         arrays = case.arrays()
         call, results = self.module.build(case, direction, candidate, arrays)
-        first = _timed(call)
-        spread_threads(main=self.framework == "jax")
-        second = _timed(call)
+        first, second = _timed(call), _timed(call)
         self.entries[key] = call, results, case, arrays
         return {"first_s": first, "second_s": second}
 
