@@ -76,6 +76,21 @@ def test_parts_give_what_the_whole_gives(case, monkeypatch):
                 close(got, want, case.dtype)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_parts_of_a_part_drop_what_the_whole_drops(kv_heads, monkeypatch):
+    """A call that has an origin of its own, as a share of dp and mp has: its parts count from there."""
+    case = replace(FEATURES[1], heads=(2, 4, kv_heads), dropout=0.5)
+    spec, inputs, _ = inputs_of(case)
+    spec = replace(spec, origin=(3, 8, 0, 5))
+    monkeypatch.setattr(parallel, "_plan", lambda spec: (parallel.parts_of(spec, 2), parallel._pool()))
+    out, lse = parallel.forward_pass(spec, *inputs)
+    want, want_lse = xla.forward_pass(spec, *inputs)
+    close(out, want, "float32")
+    close(lse, want_lse, "float32")
+    elsewhere, _ = xla.forward_pass(replace(spec, origin=(0, 0, 0, 0)), *inputs)
+    assert np.abs(np.asarray(elsewhere) - np.asarray(want)).max() > 0.1
+
+
 def test_small_calls_and_single_heads_stay_whole():
     small = AttentionSpec(batch=1, heads=8, kv_heads=8, q_len=256, kv_len=256, head_dim=64)
     assert parallel._plan(small) == (None, None)

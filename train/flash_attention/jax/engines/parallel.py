@@ -57,9 +57,8 @@ class Part:
         if self.axis and operands.sinks is not None:
             found["sinks"] = operands.sinks[self.rows]
         if self.whole.dropout_rate:
-            found["origin"] = np.array(
-                [0, self.rows.start, 0, 0] if self.axis else [self.rows.start, 0, 0, 0], np.int32
-            )
+            found["origin"] = np.array(self.whole.origin if operands.origin is None else operands.origin, np.int32)
+            found["origin"][self.axis] += self.rows.start
         return Operands(**found)
 
     def _slopes(self, x):
