@@ -53,6 +53,22 @@ def run_layer(cell, arrays, d_out, dtype="float32"):
     return _wide(out), [_wide(grad) for grad in grads], named
 
 
+def check_training(cell, x, target):
+    """Four steps of Adam lower the loss."""
+    step = nn.TrainOneStepCell(nn.WithLossCell(cell, nn.MSELoss()), nn.Adam(cell.trainable_params(), 1e-2))
+    losses = [float(step.set_train()(x, target).asnumpy()) for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def check_checkpoint(cell, other, x, folder):
+    """Outside training `other` gives what `cell` does, once it has loaded the checkpoint of `cell`."""
+    path = str(folder / "cell.ckpt")
+    ms.save_checkpoint(cell, path)
+    ms.load_param_into_net(other, ms.load_checkpoint(path))
+    want = cell.set_train(False)(x).asnumpy()
+    np.testing.assert_allclose(other.set_train(False)(x).asnumpy(), want, atol=1e-6)
+
+
 class _WeightGradient(nn.Cell):
     def __init__(self, cell, positions, weights):
         super().__init__()

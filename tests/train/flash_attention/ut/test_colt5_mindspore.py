@@ -159,14 +159,10 @@ def test_trains_saves_and_loads(mode, tmp_path):
     layer = ConditionalRoutedTransformerBlock(DIM, engine="portable", **BLOCK)
     x, target = _tensor(NARROW), _tensor(X_OUT)
     with in_mindspore.mode(mode):
-        step = nn.TrainOneStepCell(nn.WithLossCell(layer, nn.MSELoss()), nn.Adam(layer.trainable_params(), 1e-2))
-        losses = [float(step.set_train()(x, target).asnumpy()) for _ in range(4)]
-        assert losses[-1] < losses[0]
-        path = str(tmp_path / "layer.ckpt")
-        ms.save_checkpoint(layer, path)
-        other = ConditionalRoutedTransformerBlock(DIM, engine="portable", **BLOCK)
-        ms.load_param_into_net(other, ms.load_checkpoint(path))
-        np.testing.assert_allclose(other(x).asnumpy(), layer(x).asnumpy(), atol=1e-6)
+        in_mindspore.check_training(layer, x, target)
+        in_mindspore.check_checkpoint(
+            layer, ConditionalRoutedTransformerBlock(DIM, engine="portable", **BLOCK), x, tmp_path
+        )
 
 
 @pytest.mark.slow
