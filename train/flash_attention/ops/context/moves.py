@@ -14,43 +14,46 @@ from flash_attention.ops.portable.scores import zeros_like
 _halves, _join = P.Split(2, 2), P.Concat(2)
 
 
-class Place(nn.Cell):
+class _InTurn(nn.Cell):
+    """Moves two tensors one after the other, and their gradients back in the same order.
+
+    Args: ``there`` and ``back``, a Cell for each of the two.
+    """
+
+    def __init__(self, there, back):
+        super().__init__(auto_prefix=False)
+        self.first, self.second = there
+        self.first_back, self.second_back = back
+
+    def construct(self, first, second):
+        first = self.first(first)
+        return first, self.second(depend(second, first))
+
+    def bprop(self, first, second, out, d_out):
+        d_first = self.first_back(d_out[0])
+        return d_first, self.second_back(depend(d_out[1], d_first))
+
+
+class Place(_InTurn):
     """``(query, pair)``, contiguous shards -> chunks ``g`` and ``2 * ring - 1 - g`` on rank g, along axis 2."""
 
     def __init__(self, plan, group, back_end, q_shape, kv_shape, dtype):
-        super().__init__(auto_prefix=False)
-        self.query = _ToZigzag(plan, group, back_end, q_shape, dtype)
-        self.pair = _ToZigzag(plan, group, back_end, kv_shape, dtype)
-        self.query_back = _FromZigzag(plan, group, back_end, q_shape, dtype)
-        self.pair_back = _FromZigzag(plan, group, back_end, kv_shape, dtype)
-
-    def construct(self, query, pair):
-        query = self.query(query)
-        return query, self.pair(depend(pair, query))
-
-    def bprop(self, query, pair, out, d_out):
-        d_query = self.query_back(d_out[0])
-        return d_query, self.pair_back(depend(d_out[1], d_query))
+        sizes = (q_shape, dtype), (kv_shape, dtype)
+        super().__init__(
+            [_ToZigzag(plan, group, back_end, *size) for size in sizes],
+            [_FromZigzag(plan, group, back_end, *size) for size in sizes],
+        )
 
 
-class Return(nn.Cell):
+class Return(_InTurn):
     """``(out, lse)``: the way back of a query's results, the LSE with a last axis of 1."""
 
     def __init__(self, plan, group, back_end, shape, dtype):
-        super().__init__(auto_prefix=False)
-        rows = shape[:3] + (1,)
-        self.out = _FromZigzag(plan, group, back_end, shape, dtype)
-        self.lse = _FromZigzag(plan, group, back_end, rows, mstype.float32)
-        self.out_back = _ToZigzag(plan, group, back_end, shape, dtype)
-        self.lse_back = _ToZigzag(plan, group, back_end, rows, mstype.float32)
-
-    def construct(self, out, lse):
-        out = self.out(out)
-        return out, self.lse(depend(lse, out))
-
-    def bprop(self, out, lse, results, d_results):
-        d_out = self.out_back(d_results[0])
-        return d_out, self.lse_back(depend(d_results[1], d_out))
+        sizes = (shape, dtype), (shape[:3] + (1,), mstype.float32)
+        super().__init__(
+            [_FromZigzag(plan, group, back_end, *size) for size in sizes],
+            [_ToZigzag(plan, group, back_end, *size) for size in sizes],
+        )
 
 
 class PlaceRows(nn.Cell):
@@ -105,41 +108,24 @@ class _FromZigzag(nn.Cell):
         return _join((even, odd))
 
 
-class Trade(nn.Cell):
+class Trade(_InTurn):
     """``(query, pair)`` of a rank's tokens and all heads -> all tokens and the rank's heads.
 
     Key/value heads that the ranks do not divide are gathered, all of them.
     """
 
     def __init__(self, group, back_end, split_kv):
-        super().__init__(auto_prefix=False)
-        self.query, self.query_back = back_end.AllToAll(group, 1, 2), back_end.AllToAll(group, 2, 1)
         if split_kv:
-            self.pair, self.pair_back = back_end.AllToAll(group, 1, 2), back_end.AllToAll(group, 2, 1)
+            pair, pair_back = back_end.AllToAll(group, 1, 2), back_end.AllToAll(group, 2, 1)
         else:
-            self.pair, self.pair_back = back_end.AllGather(group, 2), back_end.ReduceScatter(group, 2)
-
-    def construct(self, query, pair):
-        query = self.query(query)
-        return query, self.pair(depend(pair, query))
-
-    def bprop(self, query, pair, out, d_out):
-        d_query = self.query_back(d_out[0])
-        return d_query, self.pair_back(depend(d_out[1], d_query))
+            pair, pair_back = back_end.AllGather(group, 2), back_end.ReduceScatter(group, 2)
+        super().__init__((back_end.AllToAll(group, 1, 2), pair), (back_end.AllToAll(group, 2, 1), pair_back))
 
 
-class TradeBack(nn.Cell):
+class TradeBack(_InTurn):
     """``(out, lse)`` of all tokens and the rank's heads -> its tokens and all heads; the LSE with a last axis of 1."""
 
     def __init__(self, group, back_end):
-        super().__init__(auto_prefix=False)
-        self.out, self.out_back = back_end.AllToAll(group, 2, 1), back_end.AllToAll(group, 1, 2)
-        self.lse, self.lse_back = back_end.AllToAll(group, 2, 1), back_end.AllToAll(group, 1, 2)
-
-    def construct(self, out, lse):
-        out = self.out(out)
-        return out, self.lse(depend(lse, out))
-
-    def bprop(self, out, lse, results, d_results):
-        d_out = self.out_back(d_results[0])
-        return d_out, self.lse_back(depend(d_results[1], d_out))
+        super().__init__(
+            [back_end.AllToAll(group, 2, 1) for _ in range(2)], [back_end.AllToAll(group, 1, 2) for _ in range(2)]
+        )
