@@ -87,15 +87,10 @@ class LayerCache(nn.Cell):
         found = ()
         pairs = ((self.key, self.key_scale), (self.value, self.value_scale)) if self.quantized else (
             (self.key, None), (self.value, None))  # fmt: skip
-        there = ops.reshape(there, there.shape + (1, 1))
         for pool, scales in pairs:
-            x = ops.reshape(_take(pool, index, by_token), shape + pool.shape[2:])
-            scale = None
-            if scales is not None:
-                scale = ops.reshape(_take(scales, index, by_token), shape)
-            x = self.decode(x, scale, dtype)
-            # Places that nobody has written hold anything, and hidden NaN would still reach 0 * NaN.
-            found = found + (ops.where(there, x, ops.zeros_like(x)),)
+            x = _take(pool, index, by_token, shape, there)
+            scale = None if scales is None else _take(scales, index, by_token, shape, there)
+            found = found + (self.decode(x, scale, dtype),)
         return found
 
     def copy_blocks(self, pairs):
@@ -108,11 +103,17 @@ class LayerCache(nn.Cell):
         return (self.key, self.value) + ((self.key_scale, self.value_scale) if self.quantized else ())
 
 
-def _take(pool, index, by_token):
-    """Blocks or tokens of a pool."""
+def _take(pool, index, by_token, shape, there):
+    """Blocks or tokens of a pool as (B, n, ...); zeros where not ``there`` (B, n).
+
+    Places that nobody has written hold anything, and hidden NaN would still reach 0 * NaN.
+    """
     if by_token:
         pool = ops.reshape(pool, (-1,) + pool.shape[2:])
-    return ops.gather(pool, index, 0)
+    inner = pool.shape[1 if by_token else 2 :]
+    x = ops.reshape(ops.gather(pool, index, 0), shape + inner)
+    there = ops.reshape(there, there.shape + (1,) * len(inner))
+    return ops.where(there, x, ops.zeros_like(x))
 
 
 @constexpr

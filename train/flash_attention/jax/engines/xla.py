@@ -92,6 +92,14 @@ def _heads(spec, geo, x, rows):
     return _swapped(spec, x).reshape(-1, rows, spec.head_dim)
 
 
+def _padding_cleared(spec, x, lengths):
+    """``x``, rows of queries, with zeros from each length (B,) on: padding may hold NaN, and 0 * NaN is NaN."""
+    if lengths is None:
+        return x
+    inside = jnp.arange(spec.q_len) < jnp.asarray(lengths)[:, None]
+    return jnp.where(jnp.expand_dims(inside, (2, 3) if spec.layout == "BSND" else (1, 3)), x, jnp.zeros_like(x))
+
+
 def _flatten(spec, geo, query, key, value, operands, intervals):
     """The call's tensors as :class:`xla_tiles.Inputs`."""
     batch = query.shape[0]
@@ -109,7 +117,7 @@ def _flatten(spec, geo, query, key, value, operands, intervals):
         return None if x is None else jnp.asarray(x, jnp.int32)
 
     return tiles.Inputs(
-        query=_heads(spec, geo, query, geo.rows),
+        query=_heads(spec, geo, _padding_cleared(spec, query, operands.q_lengths), geo.rows),
         key=_heads(spec, geo, key, spec.kv_len),
         value=_heads(spec, geo, value, spec.kv_len),
         offset=per_batch(operands.q_offset).reshape(-1) if spec.dynamic_offset else None,
@@ -146,6 +154,7 @@ def forward_pass(spec, query, key, value, operands, intervals=None):
 def backward_pass(spec, saved, cotangents, intervals=None):
     query, key, value, operands, out, lse = saved
     d_out, d_lse = cotangents
+    d_out = _padding_cleared(spec, d_out, operands.q_lengths)
     geo = _geometry(spec, query.shape[0])
     inputs = _flatten(spec, geo, query, key, value, operands, intervals)
     dead = lse == -jnp.inf

@@ -19,6 +19,7 @@ from flash_attention.ops.portable.scores import (
     Chain,
     Inputs,
     RowScores,
+    Widen,
     add,
     after,
     cast,
@@ -48,6 +49,8 @@ class Backward(nn.Cell):
     def __init__(self, spec, constants, rows):
         super().__init__(auto_prefix=False)
         self.inputs = Inputs(spec, constants, rows)
+        self.queries = Widen(constants, spec.q_len, spec.q_lengths)
+        self.keys = Widen(constants, spec.kv_len, spec.kv_lengths)
         self.factor = self.inputs.factor
         self.head_dim = spec.head_dim
         self.dropout = bool(spec.dropout_rate)
@@ -73,7 +76,8 @@ class Backward(nn.Cell):
     ):  # fmt: skip
         # Graph compilers merge equal expressions: without this the scores would be kept from the forward pass.
         query, key, value = after((query, key, value), d_out)
-        d_o = cast(d_out, mstype.float32)
+        q, d_o = self.queries(query, q_lengths), self.queries(d_out, q_lengths)
+        k, v = self.keys(key, kv_lengths), self.keys(value, kv_lengths)
         delta = _sum(d_o * cast(out, mstype.float32), 3)
         d_lse = P.ExpandDims()(d_lse, 3)
         if self.can_die or self.sinks:
@@ -83,9 +87,8 @@ class Backward(nn.Cell):
             d_lse = P.Select()(alive, d_lse, zeros_like(d_lse))
             lse = P.Select()(P.Squeeze(3)(alive), lse, zeros_like(lse) + _NEVER)
         delta = delta - d_lse
-        inputs = self.inputs(query, key, mask, slopes, kv_lengths, lse if self.sinks else None)
+        inputs = self.inputs(q, k, mask, slopes, kv_lengths, lse if self.sinks else None)
         terms = (bias, mask, q_ids, kv_ids, q_offset)
-        v = cast(value, mstype.float32)
         ones = ones_like(take_columns(v, 0, 1))
         row_keys = None
         if self.dropout:

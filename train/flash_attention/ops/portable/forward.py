@@ -15,6 +15,7 @@ from flash_attention.ops.portable.scores import (
     Chain,
     Inputs,
     RowScores,
+    Widen,
     cast,
     join_rows,
     matmul,
@@ -39,6 +40,8 @@ class Forward(nn.Cell):
     def __init__(self, spec, constants, rows):
         super().__init__(auto_prefix=False)
         self.inputs = Inputs(spec, constants, rows)
+        self.queries = Widen(constants, spec.q_len, spec.q_lengths)
+        self.keys = Widen(constants, spec.kv_len, spec.kv_lengths)
         self.dropout = bool(spec.dropout_rate)
         self.row_keys = RowKeys(spec) if self.dropout else None
         cells = [ForwardRow(spec, constants, row) if row.keys else EmptyRow(row) for row in rows]
@@ -49,9 +52,9 @@ class Forward(nn.Cell):
     def construct(
         self, query, key, value, bias, mask, slopes, sinks, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed
     ):
-        inputs = self.inputs(query, key, mask, slopes, kv_lengths, None)
+        q, k, v = self.queries(query, q_lengths), self.keys(key, kv_lengths), self.keys(value, kv_lengths)
+        inputs = self.inputs(q, k, mask, slopes, kv_lengths, None)
         terms = (bias, mask, q_ids, kv_ids, q_offset)
-        v = cast(value, mstype.float32)
         row_keys = None
         if self.dropout:
             row_keys = self.row_keys(query, seed)

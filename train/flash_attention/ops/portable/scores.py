@@ -8,7 +8,7 @@ cost next to nothing in the product; anything else is added. Broadcasting is avo
 """
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops import operations as P
 from mindspore.ops.functional import depend
@@ -106,13 +106,31 @@ class Constants:
         return self._store[key]
 
 
+class Widen(nn.Cell):
+    """``(x (B, N, S, C), lengths (B,)) -> x`` in fp32, where ``padded`` with zeros from each length on.
+
+    Padding may hold anything, and a NaN there would reach every product: 0 * NaN is NaN.
+    """
+
+    def __init__(self, constants, length, padded):
+        super().__init__(auto_prefix=False)
+        self.padded = padded
+        self.index = constants.plain(np.arange(length, dtype=np.int32).reshape(1, 1, -1, 1))
+
+    def construct(self, x, lengths):
+        x = cast(x, mstype.float32)
+        if self.padded:
+            x = ops.where(self.index < reshape(lengths, (-1, 1, 1, 1)), x, zeros_like(x))
+        return x
+
+
 class Inputs(nn.Cell):
     """What all rows share, made once a call; a tuple, see the return line of ``construct``.
 
-    Query and key in fp32, the scale in the query. Rank-one terms go in as extra columns, or, when a soft cap comes
-    between the product and those terms, stay apart as ``extra_*``. ``alibi_q`` (B, N, tile, 4) is ALiBi's query side,
-    the same for every row because distances are taken from the row's first query. ``own`` holds the compact mask as
-    values to add, and a last 0 for keys outside the query's own block.
+    Query and key come in fp32; the scale goes into the query. Rank-one terms go in as extra columns, or, when a soft
+    cap comes between the product and those terms, stay apart as ``extra_*``. ``alibi_q`` (B, N, tile, 4) is ALiBi's
+    query side, the same for every row because distances are taken from the row's first query. ``own`` holds the compact
+    mask as values to add, and a last 0 for keys outside the query's own block.
     """
 
     def __init__(self, spec, constants, rows):
@@ -132,8 +150,7 @@ class Inputs(nn.Cell):
         self.visible = constants.plain(np.zeros((1,), np.float32))
 
     def construct(self, query, key, mask, slopes, kv_lengths, lse):
-        q = cast(query, mstype.float32) * self.factor
-        k = cast(key, mstype.float32)
+        q, k = query * self.factor, key
         extra_q, extra_k, alibi_q, own = None, None, None, None
         if self.kv_lengths:
             hidden = cast(self.key_index >= reshape(kv_lengths, (-1, 1, 1, 1)), mstype.float32) * HIDDEN
