@@ -14,15 +14,18 @@ from flash_attention.tools.bench.mechanisms_in_jax import MECHANISMS
 CANDIDATES = ("auto", "jax.nn", "naive")
 
 
-def build(case, direction, candidate, arrays):
+def build(case, direction, candidate, arrays, ahead=False):
     """``(call, results)``: ``call()`` runs once to completion, ``results()`` gives numpy (out, d_query or None).
 
     Args:
         candidate: 'auto' or an engine of ``flash_attention.jax.ENGINES``, 'jax.nn', 'naive', or a mechanism (whose
             results are none of the plain formula's: ``results()`` gives None for them).
+        ahead: compile here, not at the first call.
     """
     inputs = [jnp.asarray(_bsnd(arrays[name])).astype(case.dtype) for name in ("query", "key", "value", "d_out")]
     run = jax.jit(_function(case, direction, candidate))
+    if ahead:
+        run = run.lower(*inputs).compile()
     last = {}
 
     def call():
