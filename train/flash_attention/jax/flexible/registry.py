@@ -202,17 +202,23 @@ class AttentionRegistry(Registry):
             exact: see :class:`AttentionImpl`.
         """
 
-        @functools.wraps(function)  # the signature says what it takes
-        def forward(query, key, value, **arguments):
-            return output_of(function(query, key, value, **arguments))
-
-        body = {"names": names, "exact": exact, "forward_native": staticmethod(forward), "__doc__": function.__doc__}
-        return cls.register(type(function.__name__, (AttentionImpl,), body))
+        return cls.register(impl_of(names, function, exact))
 
     @classmethod
     def create(cls, name, metadata):
         """An instance of the mechanism."""
         return cls.get(name)(metadata)
+
+
+def impl_of(names, function, exact=False):
+    """The :class:`AttentionImpl` subclass, not registered, of a function: see ``register_function``."""
+
+    @functools.wraps(function)  # the signature says what it takes
+    def forward(query, key, value, **arguments):
+        return output_of(function(query, key, value, **arguments))
+
+    body = {"names": names, "exact": exact, "forward_native": staticmethod(forward), "__doc__": function.__doc__}
+    return type(getattr(function, "__name__", "Mechanism"), (AttentionImpl,), body)
 
 
 def output_of(array):
