@@ -43,9 +43,14 @@ def run(args):
     unknown = [name for name in args.names if name not in benchmarks]
     if unknown:
         args.parser.error("NAME must be one of {}, but got {}.".format(", ".join(benchmarks), ", ".join(unknown)))
+    for name in args.names:
+        lacks = benchmarks[name].refusal()
+        if lacks:
+            args.parser.error("'{}' needs {}.".format(name, lacks))
     if machine.idle_cores():
         print("This machine: {}".format(machine.idle_cores()))
-    names = args.names or [name for name, benchmark in benchmarks.items() if benchmark.library is None]
+    here = [name for name, benchmark in benchmarks.items() if benchmark.library is None and not benchmark.refusal()]
+    names = args.names or here
     if args.integration:
         names = [name for name, benchmark in benchmarks.items() if benchmark.library and machine.installed(name)]
         if args.names or not names:

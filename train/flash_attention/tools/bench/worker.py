@@ -18,6 +18,9 @@ MODULES = {
     "mindspore": "in_mindspore",
     "mindformers": "in_libraries",
     "mindone": "in_libraries",
+    "tokamax": "in_jax",
+    "ringattention": "in_jax",
+    "ejkernel": "in_jax",
 }
 
 
