@@ -37,6 +37,12 @@ PUBLIC = (
                     "dynamic_sparse_attention",
                     "hash_sparse_attention",
                     "qk_sparse_attention",
+                ),
+            ),
+            (
+                "nn/layer/sparse_steps.py",
+                "flash_attention.nn",
+                (
                     "hash_sparse_attention_kernel",
                     "qk_sparse_attention_kernel",
                     "compact",
