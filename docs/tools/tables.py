@@ -100,6 +100,8 @@ USES = {
     "bench": ("`bench`: the peers it compares with, and plots", "`bench`：对照库与绘图"),
     "test": ("the tests", "测试"),
     "docs": ("plots of the examples", "示例的绘图"),
+    "flax": ("`attention_fn` inside Flax NNX", "Flax NNX 中的 `attention_fn`"),
+    "onnx": ("ONNX models with the Ascend operator, and their check", "含昇腾算子的 ONNX 模型及其检查"),
     "dev": ("all of jax, test and docs", "jax、test、docs 的总和"),
 }
 
