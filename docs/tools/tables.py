@@ -330,7 +330,7 @@ def kernel_cycles(language):
     """What the cost model says of (4, 8, 4096, 128): time, what bounds it, and each pipe's share of the time."""
     pipes = ("M", "V", "MTE1", "MTE2", "MTE3")
     header = pick(language, ("call", "tile", "ms", "TFLOPS", "bound by"), ("调用", "分块", "毫秒", "TFLOPS", "瓶颈"))
-    header += pipes + ("GB", pick(language, "cycles a task, a tile pair, a bound", "每任务、每分块对、每边界的周期"))
+    header += pipes + ("GB", pick(language, "cycles a task, a tile pair", "每任务、每分块对的周期"))
     calls = [(direction, number) for direction in cost.FLOPS for number in range(len(_CALLS))] + [("preprocess", 0)]
     names = {"forward": "前向", "backward": "反向", "preprocess": "反向之前的内核"}
     rows = []
@@ -338,7 +338,7 @@ def kernel_cycles(language):
         got = _predicted(number, direction)
         name = "{}, {}".format(pick(language, direction, names[direction]), pick(language, *_CALLS[number][0]))
         shares = ["{:.0%}".format(got.busy[pipe] / got.cycles) for pipe in pipes]
-        lines = "; ".join("{:,.0f}, {:,.0f}, {:,.0f}".format(fit.task, fit.pair, fit.bound) for fit in got.fits)
+        lines = "; ".join("{:,.0f}, {:,.0f}".format(fit.task, fit.pair) for fit in got.fits)
         figures = ["{:.3g}".format(1e3 * got.seconds), "{:.0f}".format(got.tflops), got.bound]
         tile = "{} x {}".format(got.geometry.tiles.q, got.geometry.tiles.kv)
         rows.append([name, tile] + figures + shares + ["{:.2f}".format(got.gm_bytes / 1e9), lines])

@@ -149,6 +149,8 @@ def test_plan_predicts_the_ascend_kernels(capsys):
         got = cost.predict(spec, direction)
         assert "{} kernel\n{}\n".format(direction, got.budget) in text
         assert "{:.3f} ms, {:.0f} TFLOPS".format(1e3 * got.seconds, got.tflops) in text
+    front = "kernel in front of the backward one: {:.3f} ms".format(1e3 * cost.predict(spec, "preprocess").seconds)
+    assert front in text
     assert all(scenario.name in text for scenario in cost.SCENARIOS)
     assert "not measured on a device" in text
 
