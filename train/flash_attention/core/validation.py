@@ -100,6 +100,11 @@ def check_scale(layer, value, name="scale"):
     return float(value)
 
 
+def scale_or_default(layer, name, value, head_dim):
+    """``value`` as :func:`check_scale` returns it, or ``1 / sqrt(head_dim)`` for None."""
+    return float(head_dim) ** -0.5 if value is None else check_scale(layer, value, name)
+
+
 def check_length(layer, name, value):
     """Raise unless ``value`` is an int >= 0: one length for the whole batch. Returns it as a Python int."""
     if not is_int(value):

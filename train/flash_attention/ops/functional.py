@@ -208,6 +208,12 @@ def resolve(layer, shapes, dtypes, options, engine, shards=(1, 1)):
     return cell, spec.mask_shape or (), spec.bias_shape or (), spec.alibi_shape or (), (1, 2)
 
 
+@constexpr
+def counted(length):
+    """0 .. length - 1 as an int32 Tensor."""
+    return Tensor(np.arange(length, dtype=np.int32))
+
+
 def info(shape, dtype):
     """:class:`TensorInfo` from MindSpore's shape (None or -1 = only known at run time) and dtype ('Float32')."""
     return TensorInfo(tuple(-1 if size is None else size for size in shape), str(dtype).lower())

@@ -17,10 +17,13 @@ import numpy as np
 
 from flash_attention.core.errors import invalid_type, invalid_value
 from flash_attention.core.mechanisms.sparse import check_tensors
-from flash_attention.core.validation import check_int, check_scale
+from flash_attention.core.validation import check_int, scale_or_default
 
 NONE = -float("inf")
 """Logit of what is not seen."""
+
+RETRIEVED = 2**22
+"""Elements of the keys that retrieval gathers at once."""
 
 FINITE = -3e38
 """A maximum below this is one of nothing: -inf, or the lowest number, which MindSpore gives for an empty section."""
@@ -165,7 +168,7 @@ def _one(xp, q, k, v, d_o, is_landmark, scale, top_k):
 def check_call(layer, query, key, value, is_mem, sm_scale, block_size, top_k_blocks):
     """Raise unless a call is possible; tensors are TensorInfo, BHND; returns the scale."""
     check_tensors(layer, query, key, value, axis=2)
-    batch, _, q_len, dim = query.shape
+    batch, _, q_len, _ = query.shape
     length = key.shape[2]
     if q_len > length:
         raise invalid_value(layer, "q", "at most as long as k (queries are the last {} keys)".format(length), q_len)
@@ -178,7 +181,7 @@ def check_call(layer, query, key, value, is_mem, sm_scale, block_size, top_k_blo
     check_int(layer, "block_size", block_size, 2)
     if top_k_blocks is not None:
         check_int(layer, "top_k_blocks", top_k_blocks, 1)
-    return float(dim) ** -0.5 if sm_scale is None else check_scale(layer, sm_scale, "sm_scale")
+    return scale_or_default(layer, "sm_scale", sm_scale, query.shape[3])
 
 
 def check_prefix(layer, query, key, n_prefix_q, block_size):

@@ -23,6 +23,7 @@ from flash_attention.core.errors import invalid_value
 from flash_attention.core.ranges import Band, visible
 from flash_attention.core.registry import ARGUMENTS, Registry, is_default, not_taken
 from flash_attention.core.validation import check_bool
+from flash_attention.jax.engines.platforms import backend
 from flash_attention.jax.flexible.output import AttentionOutput
 from flash_attention.jax.flexible.partition import check_mode, create_stable_sharding
 
@@ -84,10 +85,7 @@ class AttentionImpl:
         """'cpu', 'cuda', 'rocm', 'tpu' or what ``metadata.backend`` forces."""
         if self.metadata.backend is not None:
             return self.metadata.backend
-        backend = jax.default_backend()
-        if backend == "gpu":
-            return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
-        return backend
+        return backend()
 
     def forward_method(self):
         """The most specific ``forward_*`` that the class defines for the current backend."""
@@ -187,7 +185,6 @@ class AttentionRegistry(Registry):
     _classes = {}
     _aliases = {}
     absent = {
-        "splash": "Splash attention is not part of this version; 'flash_attn2' runs on TPU through XLA.",
         "pallas_flash": "'flash_attn2' is the same attention.",
         "cudnn_flash_attn": "It is called 'cudnn' here.",
     }

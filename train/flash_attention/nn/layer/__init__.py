@@ -24,14 +24,11 @@ MECHANISMS = {
     "landmark": ("FusedLandmarkAttention", "fused_landmark_attention"),
     "multi_query": ("MultiQueryAttention", "grouped_query_attention"),
     "positions": ("Rotary", "T5Bias", "XPos", "alibi_bias"),
-    "sparse": (
-        "DynamicSparseAttention",
+    "sparse": ("DynamicSparseAttention", "dynamic_sparse_attention", "hash_sparse_attention", "qk_sparse_attention"),
+    "sparse_steps": (
         "compact",
-        "dynamic_sparse_attention",
-        "hash_sparse_attention",
         "hash_sparse_attention_kernel",
         "pad_index",
-        "qk_sparse_attention",
         "qk_sparse_attention_kernel",
         "sort_bucketed_attention",
     ),

@@ -11,7 +11,7 @@ from flash_attention.nn.layer.positions import Rotary
 from flash_attention.nn.layer.projection import Norm, Projection
 from flash_attention.nn.layer.seeded import SeededCell
 from flash_attention.ops.engines import ENGINES
-from flash_attention.ops.functional import check_not_additive, computable
+from flash_attention.ops.functional import check_not_additive, computable, counted
 from flash_attention.ops.host import is_eager
 
 LAYER = "BlockwiseParallel"
@@ -169,7 +169,7 @@ class BlockwiseParallel(SeededCell):
     def heads(self, x, position_ids, cache):
         """Rotated queries and keys, and values: (B, H, S, D)."""
         if position_ids is None:
-            position_ids = ops.expand_dims(_counted(x.shape[1]), 0)
+            position_ids = ops.expand_dims(counted(x.shape[1]), 0)
             if cache is not None:
                 position_ids = position_ids + cache[2]
         positions = ops.expand_dims(position_ids, 1)
@@ -224,16 +224,11 @@ _ACTIVATIONS = {
 
 def _written(buffer, new, index):
     """The buffer (B, H, L, D) with ``new`` (B, H, n, D) from ``index`` (a tensor) on."""
-    rows = _counted(buffer.shape[2]) - index
+    rows = counted(buffer.shape[2]) - index
     inside = ops.logical_and(rows >= 0, rows < new.shape[2]).reshape((1, 1, -1, 1))
     rows = ops.clip_by_value(rows, Tensor(0, mstype.int32), Tensor(new.shape[2] - 1, mstype.int32))
     picked = ops.gather(computable(new), rows, 2)
     return ops.where(inside, picked, computable(buffer)).astype(buffer.dtype)
-
-
-@constexpr
-def _counted(length):
-    return Tensor(list(range(length)), mstype.int32)
 
 
 @constexpr

@@ -8,7 +8,7 @@ from mindspore.ops.primitive import constexpr
 
 from flash_attention.core.mechanisms import colt5 as shared
 from flash_attention.nn.layer.colt5_routing import CoordinateDescentRouter, put_back
-from flash_attention.nn.layer.projection import Norm, Projection
+from flash_attention.nn.layer.projection import Norm, Projection, normal
 from flash_attention.ops.engines import ENGINES
 from flash_attention.ops.functional import check_not_additive, computable, flash_attention
 from flash_attention.ops.host import is_eager
@@ -109,10 +109,10 @@ class _HeavyAttention(nn.Cell):
         self.norm = _RMSNorm(dim, dtype)
         self.to_q, self.to_out = Projection(dim, inner, False, dtype), Projection(inner, dim, False, dtype)
         self.to_k, self.to_v = Projection(dim, inner, False, dtype), Projection(dim, inner, False, dtype)
-        self.null_k = Parameter(_normal(self.heads, self.dim_head), name="null_k")
-        self.null_v = Parameter(_normal(self.heads, self.dim_head), name="null_v")
+        self.null_k = Parameter(normal((self.heads, self.dim_head)), name="null_k")
+        self.null_v = Parameter(normal((self.heads, self.dim_head)), name="null_v")
         self.has_null = flags["use_null_q_tokens"]
-        self.null_q = Parameter(_normal(dim), name="null_q") if self.has_null else None
+        self.null_q = Parameter(normal((dim,)), name="null_q") if self.has_null else None
         self.product = P.BatchMatMul(transpose_b=True)
 
     def construct(self, x, context, mask=None, context_mask=None):
@@ -325,10 +325,6 @@ class ConditionalRoutedTransformerBlock(nn.Cell):
         x = x.astype(self.dtype)
         x = x + self.attention(x, mask)
         return x + self.feed_forward(x, mask)
-
-
-def _normal(*shape):
-    return Tensor(np.random.standard_normal(shape).astype(np.float32))
 
 
 @constexpr

@@ -7,7 +7,9 @@ from mindspore.ops import operations as P
 from mindspore.ops.primitive import constexpr
 
 from flash_attention.core.mechanisms import colt5 as shared
-from flash_attention.ops.functional import check_not_additive, computable
+from flash_attention.nn.layer.projection import normal
+from flash_attention.nn.layer.top_k import top_k
+from flash_attention.ops.functional import check_not_additive, computable, counted
 from flash_attention.ops.host import is_eager
 
 ROUTER = "CoordinateDescentRouter"
@@ -88,8 +90,7 @@ class CoordinateDescentRouter(nn.Cell):
         )
         self.dim, self.straight_through, self.sets = dim, straight_through, num_routing_tokens
         self.ratio, self.descent = fetch_k_ratio, (n_iters, eps, eps_init, eps_decay)
-        drawn = np.random.standard_normal((num_routing_tokens, dim)).astype(np.float32)
-        self.weight = Parameter(Tensor(drawn), name="weight")
+        self.weight = Parameter(normal((num_routing_tokens, dim)), name="weight")
         self.product = P.MatMul(transpose_b=True)
 
     def construct(self, x, num_tokens, mask=None):
@@ -127,18 +128,10 @@ class CoordinateDescentRouter(nn.Cell):
 
 
 def _largest(scores, count):
-    """Indices of the ``count`` largest along the last axis, the lower index of equal ones; int32, in increasing order.
-
-    TopK leaves open which of equal scores it takes. So it only finds the smallest score that is chosen, and the
-    positions that are: those above it, and as many of those equal to it as there is room for, from the left.
-    """
-    least = ops.topk(scores, count)[0][..., -1:]
-    above = (scores > least).astype(mstype.float32)
-    equal = (scores == least).astype(mstype.float32)
-    room = count - above.sum(-1, keepdims=True)
-    chosen = above + equal * (ops.cumsum(equal, -1) <= room).astype(mstype.float32)
-    places = _places(scores.shape[-1])
-    return scores.shape[-1] - ops.topk(chosen * places, count)[0].astype(mstype.int32)
+    """Indices of the ``count`` largest along the last axis, lower ones of equals; int32, in increasing order."""
+    length = scores.shape[-1]
+    first = top_k(scores, count).astype(mstype.float32) * _places(length)
+    return length - ops.topk(first, count)[0].astype(mstype.int32)
 
 
 def take_rows(x, indices):
@@ -155,7 +148,7 @@ def put_back(rows, indices, fallback, length):
     if indices is None:
         return rows
     count = rows.shape[1]
-    order = ops.zeros_like(indices) + _counted(count)
+    order = ops.zeros_like(indices) + counted(count)
     nowhere = ops.zeros((rows.shape[0], length), mstype.int32) + count
     inverse = ops.tensor_scatter_elements(nowhere, indices, order, 1)
     last = ops.zeros_like(rows[:, :1]) + fallback.astype(rows.dtype)
@@ -166,11 +159,6 @@ def put_back(rows, indices, fallback, length):
 def _places(length):
     """``length - index``: distinct and above 0, so that the largest are the first."""
     return Tensor((length - np.arange(length)).astype(np.float32))
-
-
-@constexpr
-def _counted(count):
-    return Tensor(np.arange(count, dtype=np.int32))
 
 
 @constexpr

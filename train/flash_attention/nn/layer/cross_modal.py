@@ -6,7 +6,7 @@ from mindspore import dtype as mstype
 from mindspore.ops.primitive import constexpr
 
 from flash_attention.core.mechanisms import cross_modal as shared
-from flash_attention.nn.layer.projection import Norm, Projection
+from flash_attention.nn.layer.projection import Norm, Projection, normal
 from flash_attention.nn.layer.seeded import SeededCell
 from flash_attention.ops.engines import ENGINES
 from flash_attention.ops.functional import flash_attention
@@ -47,8 +47,8 @@ class CrossModalAttention(SeededCell):
         self.to_q, self.to_out = Projection(dim, dim, bias, dtype), Projection(dim, dim, bias, dtype)
         self.to_k, self.to_v = Projection(width, dim, bias, dtype), Projection(width, dim, bias, dtype)
         self.add_bias_kv = add_bias_kv
-        self.bias_k = Parameter(_small(dim), name="bias_k") if add_bias_kv else None
-        self.bias_v = Parameter(_small(dim), name="bias_v") if add_bias_kv else None
+        self.bias_k = Parameter(normal((1, 1, dim), 0.02), name="bias_k") if add_bias_kv else None
+        self.bias_v = Parameter(normal((1, 1, dim), 0.02), name="bias_v") if add_bias_kv else None
 
     def construct(self, x, context=None, attn_mask=None, key_padding_mask=None):
         """Attend; shapes and meaning of the inputs are in the class's documentation."""
@@ -162,10 +162,6 @@ def _append(x, row):
     """One learned row after the tokens of every example."""
     rows = ops.zeros((x.shape[0], 1, x.shape[2]), mstype.float32) + row
     return ops.concat((x, rows.astype(x.dtype)), 1)
-
-
-def _small(dim):
-    return Tensor((0.02 * np.random.standard_normal((1, 1, dim))).astype(np.float32))
 
 
 @constexpr

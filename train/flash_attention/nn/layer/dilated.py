@@ -16,7 +16,7 @@ from flash_attention.core.mechanisms import dilated as shared
 from flash_attention.core.mechanisms.positions import rotate
 from flash_attention.nn.layer.dilated_slots import Densify, Sparsify, cut
 from flash_attention.nn.layer.position_dropout import PositionDropout
-from flash_attention.nn.layer.projection import Projection
+from flash_attention.nn.layer.projection import Projection, normal
 from flash_attention.ops.collectives import ALONE, choose, current_group
 from flash_attention.ops.engines import ENGINES
 from flash_attention.ops.functional import computable, flash_attention
@@ -326,8 +326,7 @@ class _Table(nn.Cell):
 
     def __init__(self, heads):
         super().__init__()
-        drawn = np.random.standard_normal((shared.NUM_BUCKETS, heads)).astype(np.float32)
-        self.weight = Parameter(Tensor(drawn), name="weight")
+        self.weight = Parameter(normal((shared.NUM_BUCKETS, heads)), name="weight")
 
 
 class _Attention(nn.Cell):

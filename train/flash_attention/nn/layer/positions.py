@@ -11,6 +11,7 @@ from mindspore import dtype as mstype
 from mindspore.ops.primitive import constexpr
 
 from flash_attention.core.mechanisms import positions as tables
+from flash_attention.nn.layer.projection import normal
 
 
 class Rotary(nn.Cell):
@@ -105,7 +106,7 @@ class T5Bias(nn.Cell):
         super().__init__()
         tables.check_t5("T5Bias", num_buckets, max_distance, bidirectional)
         self.options = (bidirectional, num_buckets, max_distance)
-        self.weight = Parameter(_normal(num_buckets, heads), name="weight")
+        self.weight = Parameter(normal((num_buckets, heads)), name="weight")
 
     def construct(self, q_len, kv_len, step=0):
         """The bias; shapes and meaning of the inputs are in the class's documentation."""
@@ -123,10 +124,6 @@ def alibi_bias(heads, q_len, kv_len, alibi_num_heads=None):
 
 def _apply(x, cos, sin, interleaved):
     return tables.rotate(ops.stack, x.astype(mstype.float32), cos, sin, interleaved).astype(x.dtype)
-
-
-def _normal(*shape):
-    return Tensor(np.random.standard_normal(shape).astype(np.float32))
 
 
 @constexpr

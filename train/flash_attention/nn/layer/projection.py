@@ -53,9 +53,15 @@ class Norm(nn.Cell):
         return self.norm(x.astype(mstype.float32), self.weight, self.bias)[0].astype(x.dtype)
 
 
+def normal(shape, std=1.0):
+    """float32 Tensor of normal numbers from numpy's global generator."""
+    return Tensor((std * np.random.standard_normal(shape)).astype(np.float32))
+
+
 def _drawn(shape, bound, std):
-    drawn = np.random.uniform(-bound, bound, shape) if std is None else std * np.random.standard_normal(shape)
-    return Tensor(drawn.astype(np.float32))
+    if std is None:
+        return Tensor(np.random.uniform(-bound, bound, shape).astype(np.float32))
+    return normal(shape, std)
 
 
 def weights_of(cell):
