@@ -20,6 +20,19 @@ PUBLIC = (
             ("nn/layer/context_parallel.py", "flash_attention.nn", ("RingAttention", "UlyssesAttention")),
             ("nn/layer/flexible.py", "flash_attention.nn", ("FlexibleAttention",)),
             ("nn/flexible/registry.py", "flash_attention.nn", ("Mechanism", "MechanismRegistry")),
+            ("nn/transformer/attention.py", "flash_attention.nn", ("Attention",)),
+            ("nn/transformer/feed_forward.py", "flash_attention.nn", ("FeedForward",)),
+            (
+                "nn/transformer/layers.py",
+                "flash_attention.nn",
+                ("AttentionLayers", "Encoder", "Decoder", "CrossAttender"),
+            ),
+            (
+                "nn/transformer/wrappers.py",
+                "flash_attention.nn",
+                ("TransformerWrapper", "ContinuousTransformerWrapper"),
+            ),
+            ("nn/transformer/autoregressive.py", "flash_attention.nn", ("AutoregressiveWrapper",)),
             ("nn/layer/multi_query.py", "flash_attention.nn", ("MultiQueryAttention", "grouped_query_attention")),
             ("nn/layer/dilated.py", "flash_attention.nn", ("DilatedAttention", "dilated_attention")),
             ("nn/layer/blockwise.py", "flash_attention.nn", ("BlockwiseAttention", "BlockwiseFFN")),
@@ -88,6 +101,19 @@ PUBLIC = (
         (
             ("jax/layer.py", "flash_attention.jax", ("FlashAttention",)),
             ("jax/functional.py", "flash_attention.jax", ("flash_attention",)),
+            ("jax/transformer/attention.py", "flash_attention.jax", ("Attention",)),
+            ("jax/transformer/feed_forward.py", "flash_attention.jax", ("FeedForward",)),
+            (
+                "jax/transformer/layers.py",
+                "flash_attention.jax",
+                ("AttentionLayers", "Encoder", "Decoder", "CrossAttender"),
+            ),
+            (
+                "jax/transformer/wrappers.py",
+                "flash_attention.jax",
+                ("TransformerWrapper", "ContinuousTransformerWrapper"),
+            ),
+            ("jax/transformer/autoregressive.py", "flash_attention.jax", ("AutoregressiveWrapper",)),
             ("jax/flexible/module.py", "flash_attention.jax", ("FlexibleAttentionModule",)),
             ("jax/flexible/output.py", "flash_attention.jax", ("AttentionOutput",)),
             ("jax/flexible/registry.py", "flash_attention.jax", ("AttentionRegistry", "AttentionImpl")),
@@ -201,6 +227,21 @@ PUBLIC = (
             ("core/registry.py", "flash_attention.core.registry", ("Registry",)),
             ("core/alibi.py", "flash_attention.core.alibi", ("alibi_slopes",)),
             (
+                "core/transformer/attention.py",
+                "flash_attention.core.transformer.attention",
+                ("AttentionOptions", "Path"),
+            ),
+            (
+                "core/transformer/layers.py",
+                "flash_attention.core.transformer.layers",
+                ("FeedForwardOptions", "LayersOptions"),
+            ),
+            (
+                "core/transformer/wrappers.py",
+                "flash_attention.core.transformer.wrappers",
+                ("TokenOptions", "ContinuousOptions"),
+            ),
+            (
                 "core/mechanisms/weights.py",
                 "flash_attention.core.mechanisms.weights",
                 ("flatten_params", "unflatten_params"),
@@ -272,8 +313,11 @@ def _call(name, arguments):
     plain = [item.arg for item in arguments.args]
     defaults = [None] * (len(plain) - len(arguments.defaults)) + list(arguments.defaults)
     words = [_with_default(*pair) for pair in zip(plain, defaults) if pair[0] not in ("self", "cls")]
-    if arguments.kwonlyargs:
+    if arguments.vararg:
+        words.append("*" + arguments.vararg.arg)
+    elif arguments.kwonlyargs:
         words.append("*")
+    if arguments.kwonlyargs:
         words += [_with_default(item.arg, value) for item, value in zip(arguments.kwonlyargs, arguments.kw_defaults)]
     if arguments.kwarg:
         words.append("**" + arguments.kwarg.arg)

@@ -11,6 +11,8 @@ import json
 import os
 from dataclasses import replace
 
+import transformer_tables
+
 from flash_attention.ascend import cost
 from flash_attention.core import conventions, dropout
 from flash_attention.core.spec import AttentionSpec
@@ -449,6 +451,7 @@ TABLES = {
     "kernel-budget": kernel_budget,
     "kernel-cycles": kernel_cycles,
     "kernel-sensitivity": kernel_sensitivity,
+    "transformer-options": transformer_tables.options,
     "measured": measured,
     "measured-targets": measured_targets,
 }
