@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flash_attention.jax import ENGINES, flash_attention
-from flash_attention.tools.bench.cases import SEED
+from flash_attention.tools.bench.cases import LAYERS, SEED
 from flash_attention.tools.bench.mechanisms_in_jax import MECHANISMS
 
 CANDIDATES = ("auto", "jax.nn", "naive")
@@ -18,8 +18,8 @@ def build(case, direction, candidate, arrays):
     """``(call, results)``: ``call()`` runs once to completion, ``results()`` gives numpy (out, d_query or None).
 
     Args:
-        candidate: 'auto' or an engine of ``flash_attention.jax.ENGINES``, 'jax.nn', 'naive', or a mechanism (whose
-            results are none of the plain formula's: ``results()`` gives None for them).
+        candidate: 'auto' or an engine of ``flash_attention.jax.ENGINES``, 'jax.nn', 'naive', or a mechanism. For layers
+            (the judge does not know their weights) ``results()`` gives None.
     """
     inputs = [jnp.asarray(_bsnd(arrays[name])).astype(case.dtype) for name in ("query", "key", "value", "d_out")]
     run = jax.jit(_function(case, direction, candidate))
@@ -30,7 +30,7 @@ def build(case, direction, candidate, arrays):
         last["results"] = jax.block_until_ready(run(*inputs))
 
     def results():
-        if candidate in MECHANISMS:
+        if candidate in LAYERS:
             return None, None
         out, grads = last["results"]
         return _bnsd(out), None if grads is None else _bnsd(grads[0])
