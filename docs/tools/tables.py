@@ -6,6 +6,7 @@ A function returns Markdown lines, or None where this computer lacks what the ta
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -35,6 +36,7 @@ def pick(language, english, chinese):
 TESTS = ("**proven by the tests here**", "**本仓库测试验证**")
 DOCUMENTATION = ("from documentation only", "仅依据文档")
 NOT_RUN = ("same code, not run", "同一份代码，未运行")
+INTERPRETED = ("interpreted and lowered here, not run on device", "在此处解释执行并降级编译，未在设备上运行")
 SIMULATED = ("simulated, not run on device", "仅在模拟器上运行，未在设备上运行")
 
 # product, MindSpore, Python, CANN, engines, state; a pair is (English, Chinese)
@@ -50,6 +52,9 @@ SUPPORT = (
     (ASCEND_910, "2.2-2.6", "3.7-3.9", "7.0.RC1-8.1.RC1", "`portable`", NOT_RUN),
     ("NVIDIA GPU", ("a GPU build", "GPU 版本"), ("as MindSpore", "同 MindSpore"), "-", "`portable`", NOT_RUN),
     (("NVIDIA GPU, Google TPU", "NVIDIA GPU、Google TPU"), "-", "3.10+", "-", "JAX `xla`", NOT_RUN),
+    ("NVIDIA GPU", "-", "3.10+", "-", "JAX `pallas`", INTERPRETED),
+    ("NVIDIA GPU", "-", "3.10+", "-", "JAX `cudnn`", ("mapping tested, not run", "映射已测试，未运行")),
+    ("Google TPU", "-", "3.10+", "-", "JAX `splash`", INTERPRETED),
     (("other CPUs (Arm; macOS, Windows)", "其他 CPU（Arm；macOS、Windows）"),
      ("where it has a wheel", "有 wheel 时"), "3.10+", "-",
      ("`portable`, `jax`, JAX `xla`", "`portable`、`jax`、JAX `xla`"), NOT_RUN),
@@ -95,6 +100,8 @@ USES = {
     "bench": ("`bench`: the peers it compares with, and plots", "`bench`：对照库与绘图"),
     "test": ("the tests", "测试"),
     "docs": ("plots of the examples", "示例的绘图"),
+    "flax": ("`attention_fn` inside Flax NNX", "Flax NNX 中的 `attention_fn`"),
+    "onnx": ("ONNX models with the Ascend operator, and their check", "含昇腾算子的 ONNX 模型及其检查"),
     "dev": ("all of jax, test and docs", "jax、test、docs 的总和"),
 }
 
@@ -173,24 +180,36 @@ FEATURES = (
 )  # fmt: skip
 
 
+CONSTRAINTS = {
+    "aclnn": ("flash_attention.ops.aclnn.constraints", "refused"),
+    "cudnn": ("flash_attention.jax.engines.cudnn", "constraints"),
+    "splash": ("flash_attention.jax.engines.splash", "constraints"),
+}
+"""Engine -> the function that says what it takes on its own device."""
+
+
 def engine_matrix(table_module, framework, language):
     """Which engine takes what, from `supports(spec)` itself; below, all of them and why one does not run here."""
     if importlib.util.find_spec(framework) is None or importlib.util.find_spec("tbe") is not None:
         return None
     engines = list(importlib.import_module(table_module).ENGINES)
     plain = AttentionSpec(**_BASE)
-    here = [(engine.name, engine.supports) for engine in engines if engine.supports(plain) is None]
-    if framework == "mindspore":  # its limits are known without its device
-        constraints = importlib.import_module("flash_attention.ops.aclnn.constraints")
-        here.insert(0, ("aclnn", constraints.refused))
+    here = []  # (name, supports, dtype of the rows that name none)
+    for engine in engines:
+        supports = engine.supports
+        if engine.name in CONSTRAINTS:  # its limits are known without its device
+            module, function = CONSTRAINTS[engine.name]
+            supports = getattr(importlib.import_module(module), function)
+        taken = [dtype for dtype in ("float16", "bfloat16") if supports(replace(plain, dtype=dtype)) is None]
+        if taken:
+            here.append((engine.name, supports, taken[0]))
     notes, rows = [], []
     for label, changes in FEATURES:
         if "batch" in changes and framework == "jax":
             continue  # JAX compiles for every batch anew
-        spec = AttentionSpec(**dict(_BASE, **changes))
         cells = []
-        for _, supports in here:
-            reason = supports(spec)
+        for _, supports, dtype in here:
+            reason = supports(AttentionSpec(**dict(_BASE, **{"dtype": dtype, **changes})))
             if reason is None:
                 cells.append(pick(language, "yes", "支持"))
             else:
@@ -198,7 +217,7 @@ def engine_matrix(table_module, framework, language):
                     notes.append(str(reason))
                 cells.append(pick(language, "no", "不支持") + " ({})".format(notes.index(str(reason)) + 1))
         rows.append([label[0 if language == "en" else 1]] + cells)
-    lines = markdown([""] + ["`{}`".format(name) for name, _ in here], rows)
+    lines = markdown([""] + ["`{}`".format(name) for name, *_ in here], rows)
     if notes:
         lines += [""] + ["{}. {}".format(number, note) for number, note in enumerate(notes, 1)]
     lines += [""] + _orders(engines, plain, language)
@@ -226,6 +245,35 @@ def engines_mindspore(language):
 def engines_jax(language):
     """Engines of the JAX front end."""
     return engine_matrix("flash_attention.jax", "jax", language)
+
+
+def engine_choice(language):
+    """Which JAX engine `auto` takes where, and on what evidence."""
+    if importlib.util.find_spec("jax") is None:
+        return None
+    choice = importlib.import_module("flash_attention.jax.engines.choice")
+    header = pick(language, ("platform", "`auto` takes", "because"), ("平台", "`auto` 选用", "依据"))
+    rows = [(row.backend, ", ".join(map("`{}`".format, row.engines)), row.because) for row in choice.TABLE]
+    return markdown(header, rows)
+
+
+def shared_memory(language):
+    """Tiles of engine `pallas` and the bound of their shared memory."""
+    if importlib.util.find_spec("jax") is None:
+        return None
+    sizes = importlib.import_module("flash_attention.jax.engines.pallas_sizes")
+    header = pick(
+        language,
+        ("dtype", "head size", "forward", "dQ", "dK, dV", "KiB of shared memory at most"),
+        ("dtype", "head 大小", "前向", "dQ", "dK、dV", "共享内存上界（KiB）"),
+    )
+    rows = []
+    for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 128, 256)):
+        spec = AttentionSpec(**dict(_BASE, dtype=dtype, head_dim=dim, q_len=8192, kv_len=8192))
+        tiles = [sizes.tiles_of(spec, direction) for direction in sizes.DIRECTIONS]
+        most = max(sizes.shared_bytes(spec, *pair) for pair in zip(tiles, sizes.DIRECTIONS))
+        rows.append([dtype, dim] + ["{} x {}".format(x.rows, x.keys) for x in tiles] + ["{:.0f}".format(most / 1024)])
+    return markdown(header, rows)
 
 
 def aclnn_limits(language):
@@ -283,17 +331,17 @@ def kernel_cycles(language):
     pipes = ("M", "V", "MTE1", "MTE2", "MTE3")
     header = pick(language, ("call", "tile", "ms", "TFLOPS", "bound by"), ("调用", "分块", "毫秒", "TFLOPS", "瓶颈"))
     header += pipes + ("GB", pick(language, "cycles a task, a tile pair", "每任务、每分块对的周期"))
+    calls = [(direction, number) for direction in cost.FLOPS for number in range(len(_CALLS))] + [("preprocess", 0)]
+    names = {"forward": "前向", "backward": "反向", "preprocess": "反向之前的内核"}
     rows = []
-    for direction in cost.FLOPS:
-        for number, (label, _) in enumerate(_CALLS):
-            got = _predicted(number, direction)
-            name = "{}, {}".format(pick(language, direction, {"forward": "前向", "backward": "反向"}[direction]),
-                                   pick(language, *label))  # fmt: skip
-            shares = ["{:.0%}".format(got.busy[pipe] / got.cycles) for pipe in pipes]
-            lines = "; ".join("{:,.0f}, {:,.0f}".format(fit.task, fit.pair) for fit in got.fits)
-            figures = ["{:.3g}".format(1e3 * got.seconds), "{:.0f}".format(got.tflops), got.bound]
-            tile = "{} x {}".format(got.geometry.tiles.q, got.geometry.tiles.kv)
-            rows.append([name, tile] + figures + shares + ["{:.2f}".format(got.gm_bytes / 1e9), lines])
+    for direction, number in calls:
+        got = _predicted(number, direction)
+        name = "{}, {}".format(pick(language, direction, names[direction]), pick(language, *_CALLS[number][0]))
+        shares = ["{:.0%}".format(got.busy[pipe] / got.cycles) for pipe in pipes]
+        lines = "; ".join("{:,.0f}, {:,.0f}".format(fit.task, fit.pair) for fit in got.fits)
+        figures = ["{:.3g}".format(1e3 * got.seconds), "{:.0f}".format(got.tflops), got.bound]
+        tile = "{} x {}".format(got.geometry.tiles.q, got.geometry.tiles.kv)
+        rows.append([name, tile] + figures + shares + ["{:.2f}".format(got.gm_bytes / 1e9), lines])
     return markdown(header, rows)
 
 
@@ -395,6 +443,8 @@ TABLES = {
     "dropout-vectors": dropout_vectors,
     "engines-mindspore": engines_mindspore,
     "engines-jax": engines_jax,
+    "engine-choice": engine_choice,
+    "shared-memory": shared_memory,
     "aclnn-limits": aclnn_limits,
     "kernel-budget": kernel_budget,
     "kernel-cycles": kernel_cycles,

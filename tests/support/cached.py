@@ -18,7 +18,7 @@ from flash_attention.core.spec import AttentionSpec, Operands
 from flash_attention_infer.core import OutOfBlocksError, StaleSequenceError
 from flash_attention_infer.core.quantize import dequantize, quantize
 
-D = 16
+D, BLOCK = 16, 4
 
 
 class Case(NamedTuple):
@@ -27,6 +27,7 @@ class Case(NamedTuple):
     Attributes:
         kind: 'contiguous', 'paged' or 'sliding'; held: dtype of the cache, None = that of the call.
         sink_tokens: of a sliding cache, whose window is ``window``.
+        blocks: blocks of ``BLOCK`` tokens before its own that a query sees; not in a sliding cache.
     """
 
     name: str
@@ -41,12 +42,15 @@ class Case(NamedTuple):
     scale: Optional[float] = None
     dtype: str = "float32"
     held: Optional[str] = None
+    blocks: Optional[int] = None
 
     def options(self, array):
         """Keywords of prefill and decode; `array` makes the framework's arrays."""
         found = {"scale": self.scale, "logits_soft_cap": self.soft_cap}
         if self.window is not None and self.kind != "sliding":
             found["local_window_size"] = (self.window, 0)
+        if self.blocks is not None:
+            found.update(prev_block_num=self.blocks, block_size=BLOCK)
         if self.alibi:
             found["alibi_slopes"] = array(alibi_slopes(self.heads), "float32")
         if self.sinks:
@@ -62,6 +66,7 @@ FEATURES = {
     "soft cap": {"soft_cap": 2.0},
     "sinks": {"sinks": True},
     "window": {"window": 9},
+    "blocks": {"blocks": 1},
     "everything": {"window": 9, "alibi": True, "soft_cap": 3.0, "sinks": True},
 }
 KINDS = ("contiguous", "paged", "sliding")
@@ -73,6 +78,8 @@ def cases(kinds=KINDS, dtypes=("float32",)):
     for dtype in dtypes:
         for kind in kinds:
             for n, (name, fields) in enumerate(FEATURES.items()):
+                if kind == "sliding" and "blocks" in fields:
+                    continue
                 if kind == "sliding":
                     fields = dict(fields, window=fields.get("window", 12), sink_tokens=3 * (n % 2))
                 found.append(Case("{}, {}, {}".format(kind, name, dtype), kind, dtype=dtype, **fields))
@@ -82,7 +89,7 @@ def cases(kinds=KINDS, dtypes=("float32",)):
 ALL = dict(FEATURES["everything"])
 FAST = [
     Case("contiguous, everything", "contiguous", **ALL),
-    Case("paged, everything", "paged", **ALL),
+    Case("paged, everything", "paged", blocks=2, **ALL),  # 8 to 11 tokens before, beside a window of 9
     Case("sliding, everything", "sliding", sink_tokens=3, **ALL),
     Case("paged, int8", "paged", held="int8"),
 ]
@@ -121,6 +128,8 @@ def full(xp, case, length, given=None):
     mask = i >= j
     if case.window is not None:
         mask = mask & ((i - j <= case.window) | (j < case.sink_tokens))
+    if case.blocks is not None:
+        mask = mask & (i // BLOCK - j // BLOCK <= case.blocks)
     spec = AttentionSpec(
         len(query), case.heads, case.kv_heads, length, length, D, scale=case.scale, mask_shape=(1, 1) + mask.shape,
         alibi_shape=(case.heads,) if case.alibi else None, soft_cap=case.soft_cap, sinks=case.sinks,
@@ -298,11 +307,15 @@ class Cached:
                 cache.prefill(0, step, query, key, value[..., :4])
             with pytest.raises(ValueError, match="'num_splits' must be a divisor of the 4 places"):
                 cache.decode(0, step, query, key, value, num_splits=3)
+            with pytest.raises(ValueError, match="'num_splits' must be such that parts are whole blocks of 4"):
+                cache.decode(0, step, query, key, value, num_splits=2, prev_block_num=1, block_size=4)
         ring = self.make(Case("", "sliding", window=6), 12)
         with ring.step([ring.add()], [3]) as step:
             with pytest.raises(ValueError, match="'local_window_size' must be None or the ring's window 6, but got 5"):
                 ring.prefill(0, step, query, key, value, local_window_size=5)
             with pytest.raises(ValueError, match="'num_splits' must be 1 with a ring"):
                 ring.decode(0, step, query, key, value, num_splits=2)
+            with pytest.raises(ValueError, match="'prev_block_num' must be 65536 with a ring .*, but got 1"):
+                ring.prefill(0, step, query, key, value, prev_block_num=1)
         with pytest.raises(ValueError, match="'dtype' must be one of .*, but got 'int4'"):
             self.make(Case("", held="int4"), 12)

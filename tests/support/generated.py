@@ -9,6 +9,8 @@ from flash_attention.core import reference, sampling
 from flash_attention.core.alibi import alibi_slopes
 from flash_attention.core.sampling import Sampling
 from flash_attention.core.spec import AttentionSpec, Operands
+from flash_attention_infer.core import Scheduler
+from flash_attention_infer.core.generation import generate, stream
 
 VOCABULARY, HEADS, D = 13, 2, 16
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5], [7], [2, 7, 1, 8])
@@ -51,12 +53,12 @@ MODEL = Model()
 
 
 class Generated:
-    """A framework gives `KVCache`, `array`, `numpy`, `engine` (options of prefill) and `generate`, `stream`."""
+    """A framework gives `KVCache`, `array`, `numpy`, and `engine` (options of prefill)."""
 
     engine = {}
 
-    def cache(self):
-        return self.KVCache.paged(1, num_blocks=24, kv_heads=HEADS, head_dim=D, block_size=4)
+    def cache(self, num_blocks=24):
+        return self.KVCache.paged(1, num_blocks=num_blocks, kv_heads=HEADS, head_dim=D, block_size=4)
 
     def forward(self, cache):
         slopes = self.array(alibi_slopes(HEADS), "float32")
@@ -75,7 +77,7 @@ class Generated:
     def test_equals_forwards_without_a_cache(self, options):
         """Greedy and drawn, prompts of different lengths in chunks; a row does not depend on the others."""
         cache, heard = self.cache(), []
-        got = self.generate(self.forward(cache), cache, PROMPTS, 5, seed=3, chunk=4,
+        got = generate(self.forward(cache), cache, PROMPTS, 5, seed=3, chunk=4,
                             on_token=lambda row, token: heard.append((row, token)), **options)  # fmt: skip
         assert got == [MODEL.want(prompt, 5, 3 + row, **options) for row, prompt in enumerate(PROMPTS)]
         assert [[token for row, token in heard if row == n] for n in range(3)] == got
@@ -84,7 +86,7 @@ class Generated:
     def test_ends_with_eos(self):
         free = MODEL.want(PROMPTS[0], 6, temperature=0.0)
         cache = self.cache()
-        got = self.generate(self.forward(cache), cache, PROMPTS[:1], 6, eos_token=free[2], temperature=0.0)
+        got = generate(self.forward(cache), cache, PROMPTS[:1], 6, eos_token=free[2], temperature=0.0)
         assert got == [free[: free.index(free[2]) + 1]]
 
     def test_what_ends_early_gives_the_cache_back(self):
@@ -95,17 +97,17 @@ class Generated:
             raise KeyError("enough")
 
         with pytest.raises(KeyError, match="enough"):
-            self.generate(forward, cache, PROMPTS, 5, on_token=stop)
+            generate(forward, cache, PROMPTS, 5, on_token=stop)
         assert cache.free_blocks == 24
         with pytest.raises(TimeoutError, match="'timeout' of 0.001 s has passed"):
-            self.generate(forward, cache, PROMPTS, 5, timeout=0.001, on_token=lambda row, token: time.sleep(0.01))
+            generate(forward, cache, PROMPTS, 5, timeout=0.001, on_token=lambda row, token: time.sleep(0.01))
         assert cache.free_blocks == 24
-        tokens = self.stream(forward, cache, PROMPTS, 5, temperature=0.0)
+        tokens = stream(forward, cache, PROMPTS, 5, temperature=0.0)
         first = next(tokens)
         assert cache.free_blocks < 24
         tokens.close()
         assert cache.free_blocks == 24 and cache.table.live == ()
-        got = self.generate(forward, cache, PROMPTS[1:2], 3, temperature=0.0)
+        got = generate(forward, cache, PROMPTS[1:2], 3, temperature=0.0)
         assert got == [MODEL.want(PROMPTS[1], 3, temperature=0.0)] and first[0] in range(3)
 
     def test_a_failing_model_gives_the_cache_back(self):
@@ -115,8 +117,22 @@ class Generated:
             raise ZeroDivisionError("model")
 
         with pytest.raises(ZeroDivisionError, match="model"):
-            self.generate(fail, cache, PROMPTS, 2)
+            generate(fail, cache, PROMPTS, 2)
         assert cache.free_blocks == 24
+
+    def test_scheduler_with_preemption(self):
+        """Six blocks for three rows that need nine at their end; two samplings in one batch; a late request."""
+        cache = self.cache(6)
+        options = [{"temperature": 0.0}, {"top_k": 5, "temperature": 0.8}, {"temperature": 0.0}]
+        with Scheduler(self.forward(cache), cache, chunk=4) as scheduler:
+            requests = [scheduler.submit(PROMPTS[n], 6, seed=n, **options[n]) for n in range(2)]
+            scheduler.step()
+            requests.append(scheduler.submit(PROMPTS[2], 6, seed=2, **options[2]))
+            events = list(scheduler.run())
+        assert len(events) + 1 == sum(len(request.result()) for request in requests)
+        for n, request in enumerate(requests):
+            assert request.result() == MODEL.want(PROMPTS[n], 6, n, **options[n])
+        assert cache.free_blocks == 6
 
     @pytest.mark.parametrize("prompts, options, match", [
         ([[1], []], {}, "'prompts' must be non-empty sequences"),
@@ -127,5 +143,5 @@ class Generated:
     def test_refuses(self, prompts, options, match):
         cache = self.cache()
         with pytest.raises((ValueError, TypeError), match=match):
-            self.generate(self.forward(cache), cache, prompts, 2, **options)
+            generate(self.forward(cache), cache, prompts, 2, **options)
         assert cache.free_blocks == 24 and cache.table.live == ()

@@ -2,11 +2,12 @@
 
 from support.mutation import Mutation
 
-from flash_attention.ascend import backward_arguments, backward_budget, backward_operands
+from flash_attention.ascend import backward_arguments, backward_budget, backward_operands, preprocess_arguments
 from flash_attention.ascend.backward import _Backward
 from flash_attention.ascend.backward_pair import TilePair
 from flash_attention.ascend.kernel import Kernel
-from flash_attention.ascend.tile_ops import gradient, layout
+from flash_attention.ascend.preprocess import _Preprocess
+from flash_attention.ascend.tile_ops import gradient, layout, vector
 
 BACKWARD = [
     Mutation(
@@ -103,12 +104,36 @@ BACKWARD = [
         "ragged",
     ),
     Mutation(
-        "LSE in one fp16 part", backward_arguments.parts, "[coarse, middle,", "[coarse, 0.0 * middle,", "large scores"
-    ),
-    Mutation("LSE not negated", backward_arguments.pack_query_columns, "parts(-subtrahend", "parts(subtrahend"),
+        "LSE in one fp16 part",
+        _Preprocess._split,
+        "enumerate((COARSE, 1.0, 1.0))",
+        "enumerate((COARSE,))",
+        "large scores",
+    ),  # fmt: skip
+    Mutation("LSE not negated", preprocess_arguments.row_statistics, "np.log(2.0) - lse", "np.log(2.0) + lse"),
     Mutation(
-        "delta without the LSE's cotangent", backward_arguments.row_statistics, "- np.where(dead, 0.0, d_lse)", ""
+        "delta without the LSE's cotangent",
+        preprocess_arguments.row_statistics,
+        "np.where(dead, 0.0, d_lse)",
+        "np.zeros_like(d_lse)",
     ),
+    Mutation("delta of the wrong sign", _Preprocess._piece, "sums, sums, -share", "sums, sums, share"),
+    Mutation("delta of the first column group", _Preprocess._sum_products, "geometry.depth * self.rows,", "16,"),
+    Mutation("products of O with O", _Preprocess._sum_products, "Lanes(d_out, first, 4)", "Lanes(out, first, 4)"),
+    Mutation("products not initialised", _Preprocess._sum_products, "fill(api, products, 0.0, self.rows // 4)", "pass"),
+    Mutation("delta of half a row", vector.sum_rows, "api.vcadd(16,", "api.vcadd(8,", kernels=("backward",)),
+    Mutation("rows one block late", vector.sum_rows, "count, 1, 1, 2)", "count, 1, 1, 3)", kernels=("backward",)),
+    Mutation("O of another head", _Preprocess._sum_products, "start = head * (", "start = 0 * (", "groups"),
+    Mutation(
+        "columns of the first piece only",
+        _Preprocess._piece,
+        "+ piece * self.rows\n        elements",
+        "\n        elements",
+        "square",
+    ),  # fmt: skip
+    Mutation(
+        "columns not transposed", _Preprocess._piece, 'Place(local["rows"]), elements)', "Place(local[name]), elements)"
+    ),  # fmt: skip
     Mutation(
         "delta not subtracted",
         TilePair.products,
@@ -117,7 +142,7 @@ BACKWARD = [
     ),
     Mutation(
         "cotangent of a dead row's LSE",
-        backward_arguments.row_statistics,
+        preprocess_arguments.row_statistics,
         "np.where(dead, 0.0, d_lse)",
         "d_lse",
         "dead rows",
@@ -176,8 +201,8 @@ BACKWARD = [
     ),
     Mutation(
         "queries that do not exist alive",
-        backward_arguments.pack_query_columns,
-        "parts(-DEAD / spec.scale)",
+        preprocess_arguments.row_statistics,
+        "-DEAD / spec.scale",
         "0.0",
         "negative slopes",
     ),

@@ -2,6 +2,6 @@
 
     python -m flash_attention_infer.ascend_package --out DIR [--soc ascend910 ascend310p]
 
-operators.py (three operators, read from the signatures) -> cpp.py (operator prototypes, ONNX plugin), project.py (the
+operators.py (four operators, read from the signatures) -> cpp.py (operator prototypes, ONNX plugin), project.py (the
 other files, the kernel sources, ``write_package``). Generated files are checked by tests; none was run on a device.
 """

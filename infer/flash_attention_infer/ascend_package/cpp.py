@@ -44,25 +44,46 @@ graphStatus SetOutput(Operator &op, const char *output, const std::vector<int64_
 std::vector<int64_t> RowsOf(const std::vector<int64_t> &query) {{
   return {{query[0], query[1], (query[2] + kFractal - 1) / kFractal * kFractal}};
 }}
+
+// Sixteen columns for each of the two statistics of each query.
+std::vector<int64_t> ColumnsOf(const std::vector<int64_t> &statistics) {{
+  return {{statistics[0], statistics[1], statistics[2], statistics[3], kFractal}};
+}}
+
+// One value for each query of each head, whole tiles of queries.
+std::vector<int64_t> QueriesOf(const std::vector<int64_t> &statistics) {{
+  return {{statistics[0], statistics[1], statistics[3]}};
+}}
 }}  // namespace
 {functions}
 }}  // namespace ge
 """
 
-_FUNCTIONS = """
-IMPLEMT_VERIFIER({type}, {type}Verify) {{
+_ATTENTION = """\
   const std::vector<int64_t> query = DimsOf(op, "query");
   const std::vector<int64_t> key = DimsOf(op, "key");
   const std::vector<int64_t> value = DimsOf(op, "value");
-  if (query.size() != kRank || key.size() != kRank || value != key) {{
+  if (query.size() != kRank || key.size() != kRank || value != key) {
     return GRAPH_FAILED;
-  }}
+  }
   const bool heads_match = key[1] > 0 && query[1] % key[1] == 0;
-  return heads_match && query[0] == key[0] && query[3] == key[3] ? GRAPH_SUCCESS : GRAPH_FAILED;
+  return heads_match && query[0] == key[0] && query[3] == key[3] ? GRAPH_SUCCESS : GRAPH_FAILED;"""
+
+_ROWS = """\
+  const std::vector<int64_t> output = DimsOf(op, "output");
+  const std::vector<int64_t> statistics = DimsOf(op, "statistics");
+  if (output.size() != kRank || statistics.size() != kRank || DimsOf(op, "d_out") != output) {
+    return GRAPH_FAILED;
+  }
+  return output[0] == statistics[0] && output[1] == statistics[1] ? GRAPH_SUCCESS : GRAPH_FAILED;"""
+
+_FUNCTIONS = """
+IMPLEMT_VERIFIER({type}, {type}Verify) {{
+{checks}
 }}
 
 IMPLEMT_COMMON_INFERFUNC({type}InferShape) {{
-  if (DimsOf(op, "query").size() != kRank || DimsOf(op, "key").size() != kRank) {{
+  if ({wrong_rank}) {{
     return GRAPH_FAILED;
   }}
 {outputs}
@@ -139,9 +160,16 @@ def inference(operators):
 def _functions(operator):
     outputs = []
     for argument in operator.outputs:
-        dims = 'DimsOf(op, "{}")'.format(argument.like) if argument.like else 'RowsOf(DimsOf(op, "query"))'
+        dims = 'DimsOf(op, "{}")'.format(argument.like)
+        dims = "{}({})".format(argument.function, dims) if argument.function else dims
         outputs.append(_OUTPUT.format(name=argument.name, dims=dims, type=GE_TYPES[argument.dtype]))
-    return _FUNCTIONS.format(type=operator.type, outputs="\n".join(outputs))
+    needed = sorted({argument.like for argument in operator.outputs})
+    return _FUNCTIONS.format(
+        type=operator.type,
+        checks=_ATTENTION if any(argument.name == "query" for argument in operator.inputs) else _ROWS,
+        wrong_rank=" || ".join('DimsOf(op, "{}").size() != kRank'.format(name) for name in needed),
+        outputs="\n".join(outputs),
+    )
 
 
 def onnx_plugin(operators):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple, Tuple
 
-from flash_attention.ascend.entry.request import BACKWARD, FORWARD, INFERENCE, KernelRequest
+from flash_attention.ascend.entry.request import BACKWARD, FORWARD, INFERENCE, PREPROCESS, KernelRequest
 from flash_attention.core.spec import AttentionSpec
 
 REQUEST = "request"
@@ -17,8 +17,15 @@ _TERMS = {"bias_shape": (1, 2, 256, 512), "alibi_shape": (2,)}
 _MOST = {
     INFERENCE: dict(_MORE, **_TERMS),
     FORWARD: dict(_MORE, dropout_rate=0.1, **_TERMS),
+    PREPROCESS: {},
     BACKWARD: dict(_MORE, dropout_rate=0.1, **_TERMS),
 }
+_SHAPES = {
+    "lse": ("RowsOf", "query"),
+    "query_columns": ("ColumnsOf", "statistics"),
+    "minus_delta": ("QueriesOf", "statistics"),
+}
+"""Outputs that have no input's shape: function of :mod:`cpp` that makes it, and the input it is made from."""
 
 
 class Argument(NamedTuple):
@@ -27,14 +34,16 @@ class Argument(NamedTuple):
     Attributes:
         name, dtype, format: as the kernel takes it.
         required: False for an input that some calls leave empty.
-        like: of an output: the input whose shape it has in the framework, None when its shape is the log-sum-exp's.
+        function, like: of an output: its shape in the framework is that of input ``like``, or what the C++ ``function``
+            makes of it.
     """
 
     name: str
     dtype: str
     format: str
     required: bool
-    like: object = None
+    function: str = ""
+    like: str = ""
 
 
 class PackageOperator(NamedTuple):
@@ -51,8 +60,8 @@ class PackageOperator(NamedTuple):
 
 
 def package_operators():
-    """The three operators of the package."""
-    return [_operator(kind) for kind in (INFERENCE, FORWARD, BACKWARD)]
+    """The four operators of the package."""
+    return [_operator(kind) for kind in _MOST]
 
 
 def _operator(kind):
@@ -64,5 +73,8 @@ def _operator(kind):
     return PackageOperator(
         kind,
         tuple(Argument(x.name, x.dtype, x.format, x.name in least) for x in inputs),
-        tuple(Argument(x.name, x.dtype, x.format, True, by_shape.get(x.nd_shape)) for x in outputs),
+        tuple(
+            Argument(x.name, x.dtype, x.format, True, *_SHAPES.get(x.name, ("", by_shape.get(x.nd_shape))))
+            for x in outputs
+        ),
     )

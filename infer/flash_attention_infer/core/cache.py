@@ -123,3 +123,7 @@ class KVCache:
     def decode(self, layer, step, query, key, value, **options):
         """:meth:`prefill` for a few tokens a sequence."""
         raise NotImplementedError
+
+    def sample(self, logits, seeds, positions, **sampling):
+        """The framework's ``sample`` for generation: logits (B, V), uint32 numpy (B,) twice -> int32 numpy (B,)."""
+        raise NotImplementedError

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from flash_attention.core.errors import invalid_value
+from flash_attention.core.spec import NO_LIMIT
 from flash_attention.core.validation import check_int, check_window
 from flash_attention_infer.core.quantize import DTYPE as INT8
 from flash_attention_infer.core.ring import Ring
@@ -87,6 +88,22 @@ def left_window(layer, local_window_size, ring_window):
         need = "None or the ring's window {}".format(ring_window)
         raise invalid_value(layer, "local_window_size", need, local_window_size)
     return (ring_window, None)
+
+
+def check_blocks(layer, prev_block_num, block_size, ring, part=None):
+    """Raise where a window of blocks (``prev_block_num`` of ``block_size`` tokens) cannot be counted.
+
+    Args:
+        part: tokens of a part when the keys are split, whose positions are then counted from its own start.
+    """
+    if prev_block_num == NO_LIMIT:
+        return
+    if ring:
+        need = "{} with a ring (it has its own window)".format(NO_LIMIT)
+        raise invalid_value(layer, "prev_block_num", need, prev_block_num)
+    if part is not None and part % block_size:
+        need = "such that parts are whole blocks of {}".format(block_size)
+        raise invalid_value(layer, "num_splits", need, "parts of {}".format(part))
 
 
 def check_splits(layer, num_splits, tokens, ring):

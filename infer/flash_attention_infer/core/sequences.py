@@ -68,6 +68,15 @@ class SequenceTable:
         """Blocks of a sequence, in order."""
         return self._get(sequence).blocks.tolist()
 
+    def blocks_for(self, length):
+        """Blocks that a sequence of ``length`` tokens holds."""
+        return min(length, 1) if self.ring else -(-length // self.block_size)
+
+    @property
+    def max_length(self):
+        """Most tokens of a sequence; None = no limit (a ring)."""
+        return None if self.ring else self.max_blocks * self.block_size
+
     def _get(self, sequence):
         found = self._sequences.get(sequence)
         if found is None:
@@ -121,7 +130,7 @@ class SequenceTable:
         """
         self.check_truncate(sequence, length)
         found = self._get(sequence)
-        keep = self._blocks_for(length)
+        keep = self.blocks_for(length)
         self.allocator.release(found.blocks[keep:])
         del found.blocks[keep:]
         found.length = length
@@ -181,7 +190,7 @@ class SequenceTable:
             need = "one number of tokens a sequence, not all of them 0"
             raise invalid_value(LAYER, "counts", need, "{} for {} sequences".format(counts, len(sequences)))
         for name, one, count in zip(sequences, found, counts):
-            if self._blocks_for(one.length + count) > self.max_blocks:
+            if self.blocks_for(one.length + count) > self.max_blocks:
                 most = self.max_blocks * self.block_size
                 raise OutOfBlocksError(
                     "For '{}', sequence {} must have at most {} tokens, but got {}.".format(
@@ -189,9 +198,6 @@ class SequenceTable:
                     )
                 )
         return sequences, found, counts
-
-    def _blocks_for(self, length):
-        return min(length, 1) if self.ring else -(-length // self.block_size)
 
     def _open_block(self, sequence, count):
         """Index of the block with tokens in it that ``count`` more would write into, or None."""
@@ -205,7 +211,7 @@ class SequenceTable:
         """New blocks of a step: growth, and copies of shared blocks (the last holder of one writes in place)."""
         needed, left = 0, Counter()
         for one, count in zip(found, counts):
-            needed += self._blocks_for(one.length + count) - len(one.blocks)
+            needed += self.blocks_for(one.length + count) - len(one.blocks)
             index = self._open_block(one, count)
             if index is not None:
                 block = one.blocks[index]
@@ -222,7 +228,7 @@ class SequenceTable:
             self.allocator.release([shared])
             one.blocks[index] = own
             pairs.append((shared, own))
-        one.blocks.extend(self.allocator.allocate(self._blocks_for(one.length + count) - len(one.blocks)))
+        one.blocks.extend(self.allocator.allocate(self.blocks_for(one.length + count) - len(one.blocks)))
         one.length += count
         one.reached = max(one.reached, one.length)
         return pairs

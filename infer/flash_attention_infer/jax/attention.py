@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 
 from flash_attention.core.lse import merge
+from flash_attention.core.spec import NO_LIMIT
 from flash_attention.jax.distributed.ring import add_sinks
 from flash_attention.jax.functional import attend, call_of
-from flash_attention_infer.core.config import check_call, check_splits, left_window
+from flash_attention_infer.core.config import check_blocks, check_call, check_splits, left_window
 from flash_attention_infer.jax import storage
 
 
@@ -18,6 +19,8 @@ def prefill(
     *,
     scale=None,
     local_window_size=None,
+    prev_block_num=NO_LIMIT,
+    block_size=128,
     alibi_slopes=None,
     logits_soft_cap=None,
     sinks=None,
@@ -32,7 +35,8 @@ def prefill(
         layer: :class:`LayerCache`.
         step: :class:`~flash_attention_infer.core.step.Step`; B sequences, T tokens.
         query: (B, T, N, D). key, value: (B, T, K, D). Rows from ``step.counts[b]`` on are padding.
-        scale, alibi_slopes, logits_soft_cap, implementation: as in ``flash_attention.jax.flash_attention``.
+        scale, prev_block_num, block_size, alibi_slopes, logits_soft_cap, implementation: as in
+            ``flash_attention.jax.flash_attention``.
         local_window_size: int or (left, right): tokens before its own that a query sees. A ring has its own window.
         sinks: (N,) logits that join the softmax's denominator (not the ring's sink *tokens*).
 
@@ -40,8 +44,8 @@ def prefill(
         ``(out (B, T, N, D) in the query's dtype, 0 where padded; the layer with the tokens written)``.
     """
     attention = _Attention(
-        "prefill", layer, step, query, key, value, scale, local_window_size, alibi_slopes, logits_soft_cap, sinks,
-        implementation,
+        "prefill", layer, step, query, key, value, scale, local_window_size, (prev_block_num, block_size),
+        alibi_slopes, logits_soft_cap, sinks, implementation,
     )  # fmt: skip
     return attention.over_ring() if attention.ring else attention.over_blocks(fresh=step.fresh)
 
@@ -55,6 +59,8 @@ def decode(
     *,
     scale=None,
     local_window_size=None,
+    prev_block_num=NO_LIMIT,
+    block_size=128,
     alibi_slopes=None,
     logits_soft_cap=None,
     sinks=None,
@@ -70,8 +76,8 @@ def decode(
     Other arguments and the result are those of :func:`prefill`.
     """
     attention = _Attention(
-        "decode", layer, step, query, key, value, scale, local_window_size, alibi_slopes, logits_soft_cap, sinks,
-        implementation,
+        "decode", layer, step, query, key, value, scale, local_window_size, (prev_block_num, block_size),
+        alibi_slopes, logits_soft_cap, sinks, implementation,
     )  # fmt: skip
     places = step.tables.shape[1] * layer.block_size
     num_splits = check_splits("decode", num_splits, places, attention.ring)
@@ -81,7 +87,9 @@ def decode(
 class _Attention:
     """One call: the step's tensors as the core wants them, and the two ways to the keys."""
 
-    def __init__(self, name, layer, step, query, key, value, scale, window, slopes, soft_cap, sinks, implementation):
+    def __init__(
+        self, name, layer, step, query, key, value, scale, window, blocks, slopes, soft_cap, sinks, implementation
+    ):  # fmt: skip
         check_call(name, step.slots.shape, query.shape, key.shape, value.shape, layer.key.shape[2], layer.key.shape[3])
         self.name, self.layer, self.step, self.implementation = name, layer, step, implementation
         self.ring = step.history is not None
@@ -91,7 +99,10 @@ class _Attention:
         self.starts, self.counts = jnp.asarray(step.starts), jnp.asarray(step.counts)
         self.lengths = self.starts + self.counts
         self.sinks = None if sinks is None else jnp.asarray(sinks)
+        self.blocks = blocks
+        check_blocks(name, *blocks, self.ring)
         self.options = dict(scale=scale, local_window_size=window, alibi_slopes=slopes, logits_soft_cap=soft_cap)
+        self.options.update(prev_block_num=blocks[0], block_size=blocks[1])
 
     def over_blocks(self, fresh=False, num_splits=1):
         """Rows and pages: write, then attend to the sequences' blocks; a fresh prefill to its own tokens alone."""
@@ -138,6 +149,7 @@ class _Attention:
     def attend_split(self, parts, keys, values):
         """The core call over equal parts of the keys, as more rows of the batch, merged: the output."""
         size = keys.shape[1] // parts
+        check_blocks(self.name, *self.blocks, False, size)
         first = size * jnp.arange(parts)
 
         def fold(x):  # (B, S, K, D) -> (B * parts, S / parts, K, D)

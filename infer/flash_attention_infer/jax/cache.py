@@ -1,12 +1,14 @@
 """KVCache in JAX: the table of the core and a layer's arrays a layer. Eager calls are compiled once a shape."""
 
 import jax
+import numpy as np
 
+from flash_attention.jax.sampling import sample
 from flash_attention_infer.core.cache import KVCache as Base
 from flash_attention_infer.jax import storage
 from flash_attention_infer.jax.attention import decode, prefill
 
-_STATIC = ("scale", "local_window_size", "logits_soft_cap", "implementation")
+_STATIC = ("scale", "local_window_size", "prev_block_num", "block_size", "logits_soft_cap", "implementation")
 
 
 class KVCache(Base):
@@ -34,6 +36,10 @@ class KVCache(Base):
         """:func:`flash_attention_infer.jax.decode` over layer number ``layer``: the output (B, T, N, D)."""
         out, self.layers[layer] = _decode(self.layers[layer], step, query, key, value, **options)
         return out
+
+    def sample(self, logits, seeds, positions, **sampling):
+        """``flash_attention.jax.sampling.sample`` with the tokens as numpy."""
+        return np.asarray(sample(logits, seeds, positions, **sampling))
 
 
 def _compiled(function, static):

@@ -7,9 +7,10 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops.primitive import constexpr
 
+from flash_attention.core.spec import NO_LIMIT
 from flash_attention.ops import flash_attention
 from flash_attention.ops.portable.forward import with_sinks
-from flash_attention_infer.core.config import check_call, check_splits, left_window
+from flash_attention_infer.core.config import check_blocks, check_call, check_splits, left_window
 from flash_attention_infer.nn.storage import span
 
 
@@ -22,6 +23,9 @@ class CachedAttention(nn.Cell):
         cache (LayerCache): the layer's pool, written in place.
         scale (float): factor on the scores; default ``1 / sqrt(D)``.
         local_window_size (int, tuple): tokens before its own that a query sees. A ring has its own window.
+        prev_block_num (int): blocks of ``block_size`` tokens before its own block that a query sees. Default: 65536,
+            no limit; the only value with a ring.
+        block_size (int): tokens of such a block (not of the cache's). Default: 128.
         logits_soft_cap (float): scores become ``cap * tanh(score / cap)``.
         engine (str): as in ``flash_attention.ops.flash_attention``.
 
@@ -42,10 +46,14 @@ class CachedAttention(nn.Cell):
         ``Ascend`` ``GPU`` ``CPU`` (what was proven where: see the support table)
     """
 
-    def __init__(self, cache, scale=None, local_window_size=None, logits_soft_cap=None, engine=None):
+    def __init__(
+        self, cache, scale=None, local_window_size=None, logits_soft_cap=None, engine=None, prev_block_num=NO_LIMIT,
+        block_size=128,
+    ):  # fmt: skip
         super().__init__(auto_prefix=False)
         self.cache = cache
         self.scale, self.window, self.soft_cap, self.engine = scale, local_window_size, logits_soft_cap, engine
+        self.prev_block_num, self.block_size = prev_block_num, block_size
 
     def construct(
         self, query, key, value, starts, counts, slots, tables, history=None, sink_slots=None, alibi_slopes=None,
@@ -53,6 +61,7 @@ class CachedAttention(nn.Cell):
     ):  # fmt: skip
         _check(query.shape, key.shape, value.shape, slots.shape, self.cache.key.shape)
         window = _window(self.window, None if history is None else history.shape[1])
+        _blocks(self.prev_block_num, self.block_size, history is not None)
         new_key, key_scale = self.cache.encode(key)
         new_value, value_scale = self.cache.encode(value)
         held = (
@@ -100,11 +109,13 @@ class CachedAttention(nn.Cell):
             query, held[0], held[1], mask=mask, scale=self.scale, is_causal=True, query_seq_lengths=counts,
             key_value_seq_lengths=kv_lengths, local_window_size=window, engine=self.engine, alibi_slopes=slopes,
             logits_soft_cap=self.soft_cap, sinks=sinks, q_offset=q_offset, return_lse=True,
+            prev_block_num=self.prev_block_num, block_size=self.block_size,
         )  # fmt: skip
 
     def attend_split(self, query, keys, starts, counts, window, slopes, sinks, parts):
         """The core call over equal parts of the keys, as more rows of the batch, merged."""
         batch, size = query.shape[0], keys[0].shape[1] // parts
+        _blocks(self.prev_block_num, self.block_size, False, size)
         first = size * span(0, parts)  # (1, parts)
         keys = (_fold(keys[0], parts), _fold(keys[1], parts))
         starts, lengths = ops.reshape(starts, (-1, 1)), ops.reshape(starts + counts, (-1, 1))
@@ -172,6 +183,11 @@ def _check(query, key, value, slots, pool):
 @constexpr(check=False)
 def _window(window, ring_window):
     return left_window("CachedAttention", window, ring_window)
+
+
+@constexpr(check=False)
+def _blocks(prev_block_num, block_size, ring, part=None):
+    check_blocks("CachedAttention", prev_block_num, block_size, ring, part)
 
 
 @constexpr(check=False)

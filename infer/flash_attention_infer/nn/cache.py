@@ -2,6 +2,8 @@
 
 from mindspore import Tensor
 
+from flash_attention.core.spec import NO_LIMIT
+from flash_attention.ops.sampling import sample
 from flash_attention_infer.core.cache import KVCache as Base
 from flash_attention_infer.nn.attention import CachedAttention
 from flash_attention_infer.nn.storage import LayerCache
@@ -27,19 +29,23 @@ class KVCache(Base):
 
     def prefill(
         self, layer, step, query, key, value, scale=None, local_window_size=None, alibi_slopes=None,
-        logits_soft_cap=None, sinks=None, engine=None,
+        logits_soft_cap=None, sinks=None, engine=None, prev_block_num=NO_LIMIT, block_size=128,
     ):  # fmt: skip
         """Write the step's tokens into layer number ``layer``; arguments, output: :class:`CachedAttention`."""
-        cell = self._cell(layer, scale, local_window_size, logits_soft_cap, engine)
+        cell = self._cell(layer, scale, local_window_size, logits_soft_cap, engine, prev_block_num, block_size)
         return cell(query, key, value, *tensors(step), alibi_slopes, sinks, step.fresh, 1)
 
     def decode(
         self, layer, step, query, key, value, scale=None, local_window_size=None, alibi_slopes=None,
-        logits_soft_cap=None, sinks=None, num_splits=1, engine=None,
+        logits_soft_cap=None, sinks=None, num_splits=1, engine=None, prev_block_num=NO_LIMIT, block_size=128,
     ):  # fmt: skip
         """:meth:`prefill` for few tokens a sequence, which may split the keys into ``num_splits`` parts."""
-        cell = self._cell(layer, scale, local_window_size, logits_soft_cap, engine)
+        cell = self._cell(layer, scale, local_window_size, logits_soft_cap, engine, prev_block_num, block_size)
         return cell(query, key, value, *tensors(step), alibi_slopes, sinks, False, num_splits)
+
+    def sample(self, logits, seeds, positions, **sampling):
+        """``flash_attention.ops.sampling.sample`` with the tokens as numpy."""
+        return sample(logits, Tensor(seeds), Tensor(positions), **sampling).asnumpy()
 
     def _cell(self, layer, *options):
         key = (layer,) + options

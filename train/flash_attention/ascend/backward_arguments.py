@@ -1,13 +1,14 @@
 """The arguments of the backward kernel, and numpy on the host: a call's tensors to arguments and gradients back.
 
 Beside the forward kernel's kinds of arguments there are *extra columns*: sixteen more columns of query, d_out, key and
-value that let the cube subtract what belongs to a query (``pack_query_columns``) and hide keys that do not exist.
+value that let the cube subtract what belongs to a query and hide keys that do not exist. Those of query and d_out come
+from the kernel in front of it (:mod:`preprocess`).
 """
 
 import numpy as np
 
 from flash_attention.ascend import backward_operands, host, tasks
-from flash_attention.ascend.backward_operands import KEY_SUMS, KEY_UNIT, ONE
+from flash_attention.ascend.backward_operands import KEY_SUMS, KEY_UNIT
 from flash_attention.ascend.geometry import FRACTAL
 from flash_attention.ascend.program import GmTensor
 from flash_attention.ascend.signature import BOUND_ROWS, key_matrix, packed_operands, query_matrix
@@ -26,8 +27,6 @@ HIDING = 3
 """The extra column that lowers all scores of a key that does not exist by COARSE * LARGEST, before the scale."""
 KEPT = 16.0
 """What a mask tile holds where a key is kept: above every exponent that belongs to a probability."""
-DEAD = 2.0**23
-"""Stands for the LSE of a query that does not exist: its exponents saturate, P is exactly 0."""
 
 
 def backward_signature(geometry, cores):
@@ -68,19 +67,6 @@ def needs_positions(spec):
     return not spec.band.is_dense or spec.alibi_shape is not None
 
 
-def parts(x):
-    """A float array (...,) -> float16 (..., 3) whose sum with weights (COARSE, 1, 1) is the array."""
-    x = np.asarray(x, np.float64)
-    coarse = _half(x / COARSE)
-    middle = _half(x - COARSE * coarse)
-    return np.stack([coarse, middle, _half(x - COARSE * coarse - middle)], axis=-1).astype(np.float16)
-
-
-def _half(x):
-    """Rounded to float16, saturating; float64."""
-    return np.clip(x, -LARGEST, LARGEST).astype(np.float16).astype(np.float64)
-
-
 def probability_exponent(geometry):
     """k such that the kernel computes ``2**k P``: half the logarithm of the number of keys that a query sees.
 
@@ -107,6 +93,15 @@ def _top(x):
     return float(np.max(x, initial=0.0, where=np.isfinite(x)))
 
 
+def divided_cotangents(spec, value, lse, d_out, d_lse):
+    """``(d_out, d_lse, power)``: both divided by a power of two, ``2**cotangent_exponent``.
+
+    The cotangent of the LSE of a query that sees no key is not looked at.
+    """
+    power = 2.0 ** cotangent_exponent(spec, value, d_out, d_lse[~np.isneginf(lse)])
+    return (d_out.astype(np.float32) / power).astype(np.float16), d_lse / power, power
+
+
 def result_factors(geometry, power):
     """fp32 (2, LANES), the same in every lane: what the kernel's sums for dV, and for dQ and dK, lack.
 
@@ -116,34 +111,6 @@ def result_factors(geometry, power):
     gain = power / (1.0 - spec.dropout_rate)
     factors = [2.0 ** -probability_exponent(geometry) * gain, spec.scale * gain]
     return np.repeat(np.float32(factors)[:, None], LANES, axis=1)
-
-
-def row_statistics(geometry, out, lse, d_out, d_lse):
-    """What is subtracted from a query's products: ``(lse - k ln 2) / scale`` and ``(1 - rate) delta``, (B, N, Sq).
-
-    ``delta = rowsum(d_out * out) - d_lse``. Rows that see no key have 0 for both;
-    every key is hidden from them.
-    """
-    spec = geometry.spec
-    dead = np.isneginf(lse)
-    delta = (d_out.astype(np.float32) * out.astype(np.float32)).sum(-1) - np.where(dead, 0.0, d_lse)
-    shifted = np.where(dead, 0.0, lse - probability_exponent(geometry) * np.log(2.0))
-    return shifted / spec.scale, delta * (1.0 - spec.dropout_rate)
-
-
-def pack_query_columns(geometry, subtrahends):
-    """fp16 (B * N, 2, queries of whole tiles, 16): three parts of what is subtracted, negated, HIDING and ONE.
-
-    Queries that do not exist are dead: whatever is added to their scores, P is 0.
-    """
-    spec = geometry.spec
-    packed = np.zeros((geometry.heads, 2, geometry.q_tiles * geometry.tiles.q, FRACTAL), np.float16)
-    packed[:, 0, :, :3] = parts(-DEAD / spec.scale)
-    for number, subtrahend in enumerate(subtrahends):
-        packed[:, number, : spec.q_len, :3] = parts(-subtrahend.reshape(geometry.heads, -1))
-    packed[:, 0, :, HIDING] = COARSE
-    packed[:, 0, :, ONE] = 1.0
-    return packed
 
 
 def pack_key_columns(geometry):
@@ -178,23 +145,20 @@ def backward_constants(geometry, cores):
     return constants
 
 
-def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out, d_lse):
+def pack_backward(geometry, cores, query, key, value, operands, d_out, prepared, power):
     """The kernel's inputs by name, in the order of :func:`backward_signature`.
 
     Args:
         geometry: :class:`~flash_attention.ascend.geometry.Geometry`.
         cores: number of cores the kernel was built for.
-        query, key, value, out, d_out: float16 (B, N, Sq, D), (B, Nkv, Sk, D) for key and value.
+        query, key, value: float16 (B, N, Sq, D), (B, Nkv, Sk, D), (B, Nkv, Sk, D).
         operands: :class:`~flash_attention.core.spec.Operands` of numpy arrays.
-        lse, d_lse: float32 (B, N, Sq).
+        d_out, power: of :func:`divided_cotangents`.
+        prepared: outputs of the kernel in front, (query_columns, minus_delta).
     """
     spec, constants = geometry.spec, backward_constants(geometry, cores)
-    power = 2.0 ** cotangent_exponent(spec, value, d_out, d_lse[~np.isneginf(lse)])
-    d_out, d_lse = (d_out.astype(np.float32) / power).astype(np.float16), d_lse / power
-    subtrahends = row_statistics(geometry, out, lse, d_out, d_lse)
     feed = {name: host.to_nz(x) for name, x in zip(("query", "key", "value", "d_out"), (query, key, value, d_out))}
-    columns = pack_query_columns(geometry, subtrahends)
-    feed["query_columns"] = columns.reshape(geometry.batch_heads + columns.shape[1:])
+    feed["query_columns"], minus_delta = prepared
     feed["key_columns"] = constants.pop("key_columns")
     feed["factors"] = result_factors(geometry, power)
     if spec.mask_shape is not None:
@@ -206,9 +170,7 @@ def pack_backward(geometry, cores, query, key, value, operands, out, lse, d_out,
         feed["slopes"] = host.pack_slopes(geometry, operands.slopes)
     if spec.dropout_rate:
         feed["keep"] = host.pack_keep(geometry, operands.dropout_seed)
-        shape = geometry.batch_heads + (geometry.q_tiles * geometry.tiles.q,)
-        feed["minus_delta"] = np.zeros(shape, np.float16)
-        feed["minus_delta"][..., : spec.q_len] = _half(-subtrahends[1])
+        feed["minus_delta"] = minus_delta
     feed.update(constants)
     host.check_feed(feed, backward_signature(geometry, cores)[0])
     return feed

@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel have in common: the frame of the program, and buffers and constants by name.
+"""What the kernels have in common: the frame of the program, and buffers and constants by name.
 
 A kernel is one loop over cores. Each core declares its buffers, makes its constants, reads its row of 'cores' and works
 through the items that it is given.
@@ -56,7 +56,8 @@ class Kernel:
 
     def _declare(self):
         """All local buffers, inside the cores' loop; the inner loops declare theirs, twice, for double buffering."""
-        self.cube = Cube(self.program)
+        if "l0a_0" in self.buffers:
+            self.cube = Cube(self.program)
         for name, buffer in self.buffers.items():
             if buffer.copies == 1 and buffer.scope not in ("L0A", "L0B"):
                 self.local[name] = self.program.local(buffer)

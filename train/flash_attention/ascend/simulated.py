@@ -7,11 +7,13 @@ import numpy as np
 
 from flash_attention.ascend import host
 from flash_attention.ascend.backward import build_backward
-from flash_attention.ascend.backward_arguments import pack_backward, unpack_backward
+from flash_attention.ascend.backward_arguments import divided_cotangents, pack_backward, unpack_backward
 from flash_attention.ascend.chips import ASCEND_910A
 from flash_attention.ascend.forward import build_forward
 from flash_attention.ascend.geometry import Geometry
 from flash_attention.ascend.limits import supports
+from flash_attention.ascend.preprocess import build_preprocess
+from flash_attention.ascend.preprocess_arguments import pack_preprocess
 from flash_attention.ascend.simulator import Toolkit
 from flash_attention.ascend.tiles import choose_tiles
 from flash_attention.core.spec import Operands
@@ -66,17 +68,24 @@ def backward(spec, saved, cotangents, tiles=None, chip=ASCEND_910A):
     if reason is not None:
         raise reason.error(engine="simulator")
     geometry = Geometry(spec, tiles or choose_tiles(spec, "backward", chip))
-    return run_backward(_backward_kernel(geometry, chip), geometry, chip.cores, saved, cotangents)
+    kernels = _preprocess_kernel(geometry, chip), _backward_kernel(geometry, chip)
+    return run_backward(kernels, geometry, chip.cores, saved, cotangents)
 
 
-def run_backward(kernel, geometry, cores, saved, cotangents):
-    """Run a kernel that was built for ``geometry`` and ``cores``; arguments and result as in :func:`backward`."""
+def run_backward(kernels, geometry, cores, saved, cotangents):
+    """Run kernels that were built for ``geometry`` and ``cores``, the one in front first.
+
+    Args:
+        kernels: TIK instances of ``build_preprocess`` and ``build_backward``.
+        geometry, cores: what they were built for.
+        saved, cotangents: as for :func:`backward`, and so is the result.
+    """
     query, key, value, operands, out, lse = saved
-    arrays = (
-        [np.asarray(x) for x in (query, key, value)] + [operands] + [np.asarray(x) for x in (out, lse) + cotangents]
-    )
-    feed = pack_backward(geometry, cores, *arrays)
-    grads = unpack_backward(geometry, _run(kernel, feed), feed["factors"])
+    query, key, value, out, lse, d_out, d_lse = map(np.asarray, (query, key, value, out, lse) + cotangents)
+    d_out, d_lse, power = divided_cotangents(geometry.spec, value, lse, d_out, d_lse)
+    prepared = _run(kernels[0], pack_preprocess(geometry, cores, out, lse, d_out, d_lse))
+    feed = pack_backward(geometry, cores, query, key, value, operands, d_out, prepared, power)
+    grads = unpack_backward(geometry, _run(kernels[1], feed), feed["factors"])
     if "bias" in grads:
         grads["bias"] = grads["bias"].astype(operands.bias.dtype)
     return tuple(grads.get(name) for name in ("query", "key", "value", "bias", "slopes", "sinks"))
@@ -86,6 +95,11 @@ def _run(kernel, feed):
     """A kernel keeps its machine, and a compiled graph calls from threads of its own."""
     with _ONE_AT_A_TIME:
         return host.run(kernel, feed)
+
+
+@functools.lru_cache(maxsize=64)
+def _preprocess_kernel(geometry, chip):
+    return build_preprocess(Toolkit(soc=chip.soc).tik, geometry, chip.cores)
 
 
 @functools.lru_cache(maxsize=64)

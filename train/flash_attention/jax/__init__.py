@@ -2,7 +2,8 @@
 
 ``flash_attention`` is the functional call (BSND), ``FlashAttention`` the twin of the MindSpore Cell (BNSD),
 ``FlexibleAttentionModule`` the factory over every mechanism of ``AttentionRegistry``. The other mechanisms
-(:mod:`flash_attention.jax.mechanisms`) are imported from here too, when they are first used.
+(:mod:`flash_attention.jax.mechanisms`) and the transformers over all of them (:mod:`flash_attention.jax.transformer`)
+are imported from here too, when they are first used.
 """
 
 import sys
@@ -29,6 +30,7 @@ from flash_attention.jax.flexible import (  # noqa: E402
 from flash_attention.jax.functional import flash_attention  # noqa: E402
 from flash_attention.jax.layer import FlashAttention  # noqa: E402
 from flash_attention.jax.mechanisms import MECHANISMS  # noqa: E402
+from flash_attention.jax.transformer import TRANSFORMER  # noqa: E402
 
 __all__ = [
     "ENGINES",
@@ -44,4 +46,6 @@ __all__ = [
     "flash_attention",
     "run_attention_benchmarks",
 ]
-__getattr__, __dir__ = lazy_names("flash_attention.jax.mechanisms", MECHANISMS, globals())
+_LAZY = {"mechanisms." + module: names for module, names in MECHANISMS.items()}
+_LAZY.update(("transformer." + module, names) for module, names in TRANSFORMER.items())
+__getattr__, __dir__ = lazy_names("flash_attention.jax", _LAZY, globals())

@@ -14,10 +14,11 @@ class FrontEnd:
         module: the framework's module.
         table: the module that holds ``ENGINES``.
         python: lowest Python version, or None.
+        choice: the module whose ``TABLE`` says what `auto` takes on which platform, or None.
     """
 
-    def __init__(self, name, module, table, python=None):
-        self.name, self.module, self.table, self.python = name, module, table, python
+    def __init__(self, name, module, table, python=None, choice=None):
+        self.name, self.module, self.table, self.python, self.choice = name, module, table, python, choice
 
     def missing(self):
         """Why the front end cannot be used here, or None."""
@@ -35,8 +36,13 @@ class FrontEnd:
         """Its :class:`~flash_attention.core.engine.EngineTable`."""
         return importlib.import_module(self.table).ENGINES
 
+    def choices(self):
+        """Rows ``[platform, engines that `auto` takes, why]``; none where the order of the engines alone decides."""
+        table = importlib.import_module(self.choice).TABLE if self.choice else ()
+        return [[row.backend, ", ".join(row.engines), row.because] for row in table]
+
 
 FRONT_ENDS = (
     FrontEnd("MindSpore", "mindspore", "flash_attention.ops"),
-    FrontEnd("JAX", "jax", "flash_attention.jax", python=(3, 10)),
+    FrontEnd("JAX", "jax", "flash_attention.jax", python=(3, 10), choice="flash_attention.jax.engines.choice"),
 )

@@ -33,6 +33,8 @@ def run(args):
             print(format_table(["{} engine".format(front_end.name), "here", "note"], rows))
             for line in refused:
                 print(line)
+            if front_end.choices():
+                print(format_table(["on", "auto takes", "because"], front_end.choices()))
     return 0
 
 

@@ -61,6 +61,15 @@ def idle_cores(path=_HALT_POLL):
     return "idle cores poll {:g} us first".format(nanoseconds / 1e3) if nanoseconds else HALTING
 
 
+def gpu_missing(pattern="/dev/nvidia[0-9]*"):
+    """None, or what this computer lacks to compute on an NVIDIA GPU, worded to follow "needs"."""
+    if not glob.glob(pattern):
+        return "an NVIDIA GPU, and there is none here (no {})".format(pattern)
+    if not any(installed(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
+        return "JAX with CUDA: pip install 'jax[cuda12]'"
+    return None
+
+
 def package_version(name):
     """Installed version of a distribution without importing it; None when it is not installed."""
     try:

@@ -22,6 +22,8 @@ def describe(args, spec):
     parts = ["Predicted for Ascend {} by the cost model, not measured on a device.".format(args.ascend)]
     for got in predictions:
         parts += ["", "{} kernel".format(got.direction), str(got.budget), ""] + choice(got, chip) + timing(got)
+    front, form = cost.predict(spec, "preprocess", chip), "kernel in front of the backward one: {:.3f} ms, {:.2f} GB"
+    parts += ["", form.format(1e3 * front.seconds, front.gm_bytes / 1e9)]
     parts += ["", "forward, by assumption"]
     for scenario in cost.SCENARIOS:
         got = predictions[0] if scenario is cost.ASSUMED else cost.predict(spec, "forward", chip, scenario)
@@ -55,8 +57,10 @@ def timing(got):
         "{:.2f} GB to and from global memory, hits in L2 included".format(got.gm_bytes / 1e9),
     ]
     lines += ["  {:<5} {:>12,.0f} cycles  {:>4.0%}".format(p, got.busy[p], got.busy[p] / got.cycles) for p in PIPES]
-    form = "cycles of a core, {}: {:,.0f} + {:,.0f} x tasks + {:,.0f} x tiles (off by at most {:.1%})"
-    return lines + [form.format(fit.name, fit.core, fit.task, fit.pair, fit.residual) for fit in got.fits]
+    form = (
+        "cycles of a core, {}: {:,.0f} + {:,.0f} x tasks + {:,.0f} x tiles + {:,.0f} x bounds (off by at most {:.1%})"
+    )
+    return lines + [form.format(fit.name, fit.core, fit.task, fit.pair, fit.bound, fit.residual) for fit in got.fits]
 
 
 def draw(got, path):

@@ -1,6 +1,8 @@
 """Plain text tables and a progress bar: what every command prints with."""
 
+import math
 import sys
+import time
 
 
 def format_table(header, rows):
@@ -12,28 +14,32 @@ def format_table(header, rows):
 
 
 class _Plain:
-    """Progress without tqdm: one line a step, on stderr."""
+    """Progress without tqdm: lines on stderr, at least ``every`` seconds apart, and one at the end."""
 
-    def __init__(self, total, desc):
-        self.total, self.done, self.desc, self.step = total, 0, desc, ""
+    def __init__(self, total, desc, every):
+        self.total, self.done, self.desc, self.every = total, 0, desc, every
+        self.step, self.last = "", -math.inf
 
     def set_postfix_str(self, text):
         self.step = text
 
     def update(self, steps=1):
         self.done += steps
-        sys.stderr.write("{}: {}/{} {}\n".format(self.desc, self.done, self.total, self.step))
+        now = time.monotonic()
+        if now - self.last >= self.every or self.done >= self.total:
+            self.last = now
+            sys.stderr.write("{}: {}/{} {}\n".format(self.desc, self.done, self.total, self.step))
 
     def close(self):
         pass
 
 
-def progress(total, desc):
-    """A tqdm bar, or one line a step where tqdm is not installed or stderr is no terminal."""
+def progress(total, desc, every=0.0):
+    """A tqdm bar, or lines of text, ``every`` seconds apart, without tqdm or where stderr is no terminal."""
     if sys.stderr.isatty():
         try:
             from tqdm import tqdm
         except ImportError:
-            return _Plain(total, desc)
+            return _Plain(total, desc, every)
         return tqdm(total=total, desc=desc)
-    return _Plain(total, desc)
+    return _Plain(total, desc, every)

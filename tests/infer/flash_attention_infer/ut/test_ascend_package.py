@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from support.ascend_entry import PLAIN, SPECS, describe, make_tensors
 
 from flash_attention.ascend import simulated
 from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
-from flash_attention.ascend.entry.request import BACKWARD, FORWARD, INFERENCE, KernelRequest
+from flash_attention.ascend.entry.request import BACKWARD, FORWARD, INFERENCE, KINDS, PREPROCESS, KernelRequest
 from flash_attention.ascend.host import pack_forward, run, unpack_forward
 from flash_attention.ascend.simulator import installed_as_tbe
 from flash_attention_infer.ascend_package.__main__ import main
@@ -47,7 +48,7 @@ def largest_call(kind):
 
 
 @pytest.mark.parametrize("soc", SOCS)
-@pytest.mark.parametrize("kind", [INFERENCE, FORWARD, BACKWARD])
+@pytest.mark.parametrize("kind", KINDS)
 def test_operator_information_is_the_signature(package, soc, kind):
     parser = configparser.ConfigParser()
     parser.optionxform = str
@@ -84,11 +85,13 @@ def test_prototypes_list_the_same_arguments(package):
 
 def test_shape_inference_follows_the_signature(package):
     text = (package / "op_proto" / "flash_attention_operators.cpp").read_text()
-    got = re.findall(r'SetOutput\(op, "(\w+)", (?:DimsOf\(op, "(\w+)"\)|RowsOf.*?), (\w+)\)', text)
+    got = re.findall(r'SetOutput\(op, "(\w+)", (?:(\w+)\()?DimsOf\(op, "(\w+)"\)+, (\w+)\)', text)
     half = "DT_FLOAT16"
     assert got == [
-        ("output", "query", half), ("output", "query", half), ("lse", "", "DT_FLOAT"),
-        ("d_query", "query", half), ("d_key", "key", half), ("d_value", "key", half),
+        ("output", "", "query", half),
+        ("output", "", "query", half), ("lse", "RowsOf", "query", "DT_FLOAT"),
+        ("query_columns", "ColumnsOf", "statistics", half), ("minus_delta", "QueriesOf", "statistics", half),
+        ("d_query", "", "query", half), ("d_key", "", "key", half), ("d_value", "", "key", half),
     ]  # fmt: skip
 
 
@@ -140,7 +143,7 @@ def test_inference_entry_runs_on_the_simulator(package, chip):
     np.testing.assert_array_equal(out, simulated.forward(spec, query, key, value, operands, chip=chip)[0])
 
 
-@pytest.mark.parametrize("kind", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("kind", [FORWARD, PREPROCESS, BACKWARD])
 def test_training_entries_build(package, kind):
     request = KernelRequest.of(kind, SPECS["compact mask"])
     kernel = build(package, request, ASCEND_910A)
@@ -158,8 +161,8 @@ def test_backward_entry_takes_bias_and_slopes_without_their_gradients(package):
     (query, key, value), operands, cotangents = make_tensors(spec)
     saved = (query, key, value, operands) + simulated.forward(spec, query, key, value, operands)
     request = KernelRequest.of(BACKWARD, spec, term_gradients=False)
-    kernel = build(package, request, ASCEND_910A)
-    got = simulated.run_backward(kernel, request.geometry, request.cores, saved, cotangents)
+    kernels = [build(package, replace(request, kind=kind), ASCEND_910A) for kind in (PREPROCESS, BACKWARD)]
+    got = simulated.run_backward(kernels, request.geometry, request.cores, saved, cotangents)
     want = simulated.backward(spec, saved, cotangents)
     assert got[3] is None and got[4] is None and want[3] is not None and want[4] is not None
     for one, other in zip(got[:3], want[:3]):

@@ -27,6 +27,8 @@ from flash_attention.ascend.budget import Budget
 from flash_attention.ascend.chips import ASCEND_310P, ASCEND_910A
 from flash_attention.ascend.geometry import Geometry, KernelTiles
 from flash_attention.ascend.limits import supports
+from flash_attention.ascend.preprocess import build_preprocess
+from flash_attention.ascend.preprocess_arguments import pack_preprocess, preprocess_signature
 from flash_attention.ascend.simulator import SimulatorParams, Toolkit
 from flash_attention.ascend.tiles import candidate_tiles, choose_tiles
 from flash_attention.core import reference
@@ -216,8 +218,9 @@ def test_same_bits_in_every_run_on_any_number_of_cores_in_any_order():
     saved = tensors + (operands,) + simulated.forward(spec, *tensors, operands)
     geometry = Geometry(spec, tiles)
     for seed in (None, 1):
-        kernel = build_backward(Toolkit(SimulatorParams(core_order_seed=seed)).tik, geometry, 7)
-        grads = simulated.run_backward(kernel, geometry, 7, saved, cotangents)
+        tik = Toolkit(SimulatorParams(core_order_seed=seed)).tik
+        kernels = [build(tik, geometry, 7) for build in (build_preprocess, build_backward)]
+        grads = simulated.run_backward(kernels, geometry, 7, saved, cotangents)
         assert_same_bits(dict(zip(NAMES, grads)), first)
 
 
@@ -314,9 +317,12 @@ def test_tensors_of_another_kernel_are_refused():
     spec, tensors, (d_out, d_lse) = plain()
     geometry = Geometry(spec, choose_tiles(spec, "backward"))
     with pytest.raises(RuntimeError, match="are not the kernel's arguments"):
-        pack_backward(
-            geometry, 2, tensors[0], tensors[1][:, :, :100], tensors[2], Operands(), d_out, d_lse, d_out, d_lse
-        )
+        pack_preprocess(geometry, 2, d_out[:, :, :100], d_lse, d_out, d_lse)
+    query, key, value = tensors
+    prepared = [np.zeros(argument.shape, argument.dtype) for argument in preprocess_signature(geometry, 2)[1]]
+    pack_backward(geometry, 2, query, key, value, Operands(), d_out, prepared, 1.0)
+    with pytest.raises(RuntimeError, match="are not the kernel's arguments"):
+        pack_backward(geometry, 2, query, key[:, :, :100], value, Operands(), d_out, prepared, 1.0)
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from flash_attention.ascend import simulated
 from flash_attention.ascend.backward import build_backward
 from flash_attention.ascend.backward_budget import backward_buffers
 from flash_attention.ascend.budget import Budget
-from flash_attention.ascend.geometry import SCALE_RANGE, Geometry, KernelTiles
+from flash_attention.ascend.geometry import Geometry, KernelTiles
+from flash_attention.ascend.preprocess import build_preprocess
 from flash_attention.ascend.simulator import SimulatorError, SimulatorParams, Toolkit
 from flash_attention.ascend.tile_ops import gradient, masks
 from flash_attention.ascend.tile_ops.vector import Lanes
@@ -109,40 +110,9 @@ def test_operands_that_overlap_in_part_are_refused():
     assert caught.value.rule in ("bounds", "overlap")
 
 
-# --- packed columns -------------------------------------------------------------------------------
-@pytest.mark.parametrize("size", (1e-3, 1.0, 100.0, 6e4, 1e6, 1.6e7))
-def test_parts_add_up_to_fp32(size):
-    x = size * np.random.default_rng(0).standard_normal(1000)
-    parts = arguments.parts(x)
-    assert parts.dtype == np.float16
-    total = parts.astype(np.float64) @ [arguments.COARSE, 1.0, 1.0]
-    np.testing.assert_allclose(total, x, rtol=2.0**-24, atol=2.0**-24)
-
-
-def test_parts_saturate():
-    """Beyond a logit of 65504 at the smallest scale."""
-    total = arguments.parts(1e9).astype(np.float64) @ [arguments.COARSE, 1.0, 1.0]
-    assert 65504.0 / SCALE_RANGE[0] < total < np.inf
-
-
+# --- tables and buffers ---------------------------------------------------------------------------
 def geometry(q_len=70, kv_len=90, **options):
     return Geometry(AttentionSpec(1, 2, 1, q_len, kv_len, 32, "float16", **options), KernelTiles(64, 48, 1, 2))
-
-
-def test_products_of_the_columns_subtract_the_statistics():
-    """(q')(k')^T is minus the statistic where query and key exist, and hides all else."""
-    shape = geometry()
-    statistic = 1e4 * np.random.default_rng(0).standard_normal((2, 1, 2, 70))
-    queries = arguments.pack_query_columns(shape, statistic).astype(np.float64)
-    keys = arguments.pack_key_columns(shape).astype(np.float64)
-    products = queries @ keys.T
-    assert products.shape == (2, 2, 128, 96)
-    want = -statistic[:, 0].transpose(1, 0, 2)[..., None]
-    np.testing.assert_allclose(products[:, :, :70, :90], np.broadcast_to(want, (2, 2, 70, 90)), rtol=1e-7)
-    hidden = np.ones((128, 96), bool)
-    hidden[:70, :90] = False
-    assert (products[:, 0][:, hidden] < -1e7).all()
-    assert not products[:, 1][:, hidden].any()
 
 
 def test_exponent_is_half_the_logarithm_of_the_number_of_visible_keys():
@@ -185,10 +155,11 @@ def busy(q_len, kv_len, keys=128, **options):
     tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items() if shape is not None}
     operands = Operands(dropout_seed=np.uint32(1) if spec.dropout_rate else None, **tensors)
     shape = Geometry(spec, KernelTiles(128, keys, 1, 4))
-    kernel = build_backward(Toolkit(SimulatorParams(trace=True)).tik, shape, 1)
+    tik = Toolkit(SimulatorParams(trace=True)).tik
+    kernels = [build(tik, shape, 1) for build in (build_preprocess, build_backward)]
     lse = np.full((1, 1, q_len), 20.0, np.float32)
-    simulated.run_backward(kernel, shape, 1, (query, key, key, operands, query, lse), (d_out, lse))
-    return kernel.trace.cycles()
+    simulated.run_backward(kernels, shape, 1, (query, key, key, operands, query, lse), (d_out, lse))
+    return kernels[1].trace.cycles()
 
 
 def per_tile(options=lambda q_len, kv_len: {}, keys=128):

@@ -10,9 +10,8 @@ import pytest
 from support.ascend_entry import ENTRY, PLAIN, SPECS, build_by_entry, describe, make_tensors
 
 from flash_attention.ascend import simulated
-from flash_attention.ascend.backward_arguments import pack_backward, unpack_backward
 from flash_attention.ascend.entry import flash_attention_tik
-from flash_attention.ascend.entry.request import BACKWARD, FORWARD, INFERENCE, KINDS, KernelRequest
+from flash_attention.ascend.entry.request import BACKWARD, FORWARD, INFERENCE, KINDS, PREPROCESS, KernelRequest
 from flash_attention.ascend.host import pack_forward, run, unpack_forward
 from flash_attention.ascend.simulator import installed_as_tbe
 
@@ -30,12 +29,13 @@ def test_kernels_built_by_the_entry_give_the_same_numbers(name):
     np.testing.assert_array_equal(got[0], out)
     np.testing.assert_array_equal(got[1], lse)
 
-    want = simulated.backward(spec, (query, key, value, operands, out, lse), (d_out, d_lse))
-    backward = KernelRequest.of(BACKWARD, spec)
-    feed = pack_backward(backward.geometry, backward.cores, query, key, value, operands, out, lse, d_out, d_lse)
-    grads = unpack_backward(backward.geometry, run(build_by_entry(backward), feed), feed["factors"])
-    for name, grad in zip(("query", "key", "value", "bias", "slopes"), want):
-        np.testing.assert_array_equal(grads[name].astype(grad.dtype), grad)
+    saved = query, key, value, operands, out, lse
+    want = simulated.backward(spec, saved, (d_out, d_lse))
+    requests = [KernelRequest.of(kind, spec) for kind in (PREPROCESS, BACKWARD)]
+    kernels = [build_by_entry(request) for request in requests]
+    grads = simulated.run_backward(kernels, requests[1].geometry, requests[1].cores, saved, (d_out, d_lse))
+    for got, grad in zip(grads[:5], want):
+        np.testing.assert_array_equal(got, grad)
 
 
 def test_inference_kernel_writes_the_output_alone():
@@ -73,6 +73,7 @@ def test_operator_names_tell_argument_lists_apart():
             names.add(request.operator)
     assert "flash_attention_forward__mask__bias__slopes__keep__bounds" in names
     assert "flash_attention_backward__bias__slopes__bounds__bias_sums__slope_sums" in names
+    assert "flash_attention_preprocess" in names
 
 
 def test_entry_refuses_what_the_kernel_does_not_take():

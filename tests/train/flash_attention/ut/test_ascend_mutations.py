@@ -110,6 +110,7 @@ MISTAKES = [
 def clear_kernels():
     """Kernels are cached by spec; none may come from, or go to, one with another source."""
     simulated._forward_kernel.cache_clear()
+    simulated._preprocess_kernel.cache_clear()
     simulated._backward_kernel.cache_clear()
 
 

@@ -5,10 +5,11 @@ import pytest
 from support.jax_engines import JaxEngine
 
 from conformance import check, tagged
-from flash_attention.jax import ENGINES
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu, pytest.mark.env_onecard]
-BLOCKWISE = [JaxEngine(name) for name in ENGINES.names() if name != "reference"]
+BLOCKWISE = [JaxEngine("xla")]
+INTERPRETED = [JaxEngine("pallas"), JaxEngine("splash")]
+FAST = {"pallas": ("causal, Sq > Sk: dead rows", "lengths"), "splash": ("plain, bf16",)}
 
 
 def judged(figure, engine, case):
@@ -32,6 +33,23 @@ def test_engine(case, engine, figure):
 @pytest.mark.parametrize("case", tagged("ci"), ids=str)
 def test_reference_engine(case, figure):
     judged(figure, JaxEngine("reference"), case)
+
+
+@pytest.mark.parametrize(
+    "engine, case",
+    [
+        pytest.param(
+            engine,
+            case,
+            id="{}-{}".format(engine, case),
+            marks=[] if case.name in FAST[str(engine)] else pytest.mark.slow,
+        )
+        for engine in INTERPRETED
+        for case in tagged("ci", "primary", "pairwise")
+    ],
+)
+def test_interpreted_engine(engine, case, figure):
+    judged(figure, engine, case)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def _compile_fast():
 ALWAYS = {"triangle": {"is_causal": True}, "local": {"local_window_size": (9, 9)}}
 NO_EFFECT = {("triangle", "next_block_num")}  # causality hides later blocks already
 FAST = ("bias", "sinks", "dropout_rate", "q_segment_ids")  # gradients checked in the fast suite
-REFUSES = {"cudnn": dict.fromkeys(ARGUMENTS, "For 'cudnn', '")}
+REFUSES = {name: dict.fromkeys(ARGUMENTS, "For '{}', 'backend".format(name)) for name in ("cudnn", "splash")}
 
 
 def call(name, arguments):
@@ -101,6 +101,7 @@ def test_gradients(name, argument):
 
 REASONS = {
     ("cudnn", "'backend' must be an NVIDIA GPU, but got cpu. Use 'flash_attn2'."): {},
+    ("splash", "'backend' must be a TPU, but got cpu. Use 'flash_attn2'."): {},
     ("triangle", "'causal' must be True (it computes the lower triangle), but got False."): {},
     ("local", "'local_window_size' must be given, or prev_block_num or next_block_num, but got None."): {},
 }
@@ -227,8 +228,8 @@ def test_names(mine):
     assert AttentionRegistry.get("mine") is mine
     with pytest.raises(ValueError, match="must be one of 'autoregressive', 'blockwise'.*but got 'nobody'"):
         AttentionRegistry.get("nobody")
-    with pytest.raises(ValueError, match="'flash_attn2' runs on TPU through XLA"):
-        AttentionRegistry.get("splash")
+    with pytest.raises(ValueError, match="It is called 'cudnn' here"):
+        AttentionRegistry.get("cudnn_flash_attn")
     with pytest.raises(ValueError, match="'names' must be a str or a tuple of str"):
         AttentionRegistry.register(type("Nameless", (AttentionImpl,), {}))
 

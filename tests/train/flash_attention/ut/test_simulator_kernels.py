@@ -249,9 +249,16 @@ def test_platform_queries():
     for unknown in ("Ascend910B1", "Ascend910_9391", "Ascend950"):
         with pytest.raises(ValueError, match="simulated chip"):
             platform.set_current_compile_soc_info(unknown)
+    platform.set_current_compile_soc_info("Ascend910", aicore_num=30)
+    assert platform.get_soc_spec("CORE_NUM") == 30
+    with pytest.raises(ValueError, match="'aicore_num' must be in 1..32, but got 33"):
+        platform.set_current_compile_soc_info("Ascend910", aicore_num=33)
+    with pytest.raises(ValueError, match="'core_type' must be 'AiCore', but got 'VectorCore'"):
+        platform.set_current_compile_soc_info("Ascend310P3", "VectorCore")
     assert platform.api_check_support("tik.vec_add", "float16")
     assert not platform.api_check_support("tik.vcgmax", "float32")
     assert platform.api_check_support("tik.for_range") and not platform.api_check_support("tik.vec_magic")
+    assert not platform.api_check_support("tik.load_scalar") and not platform.api_check_support("tik.count")
     assert platform.intrinsic_check_support("Intrinsic_vexp", "float32")
     tik = Toolkit().tik
     t = tik.Tik()

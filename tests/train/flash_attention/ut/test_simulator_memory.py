@@ -146,6 +146,18 @@ def test_reshape_of_a_two_dimensional_slice(k):
         tile.reshape((255,))
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_reinterpretation_as_a_dtype_that_tik_does_not_have(k, dtype):
+    with expect_error("dtype", "reinterpreted as one of .*, but got '{}'".format(dtype)):
+        k.ub("tile", (8,)).reinterpret_cast_to(dtype)
+
+
+@pytest.mark.parametrize("scope", ["scope_gm", "scope_nowhere"])
+def test_free_space_of_no_local_scope(k, scope):
+    with expect_error("scope", "'get_available_buffer_size', 'scope' must be one of TIK's scope constants, not GM"):
+        k.t.get_available_buffer_size(getattr(k.tik, scope, scope))
+
+
 def test_reinterpretation_to_a_wider_type_needs_whole_elements(k):
     with expect_error("index", "a multiple of 2 elements"):
         k.ub("tile", (5,)).reinterpret_cast_to(F32)

@@ -145,6 +145,22 @@ def test_matmul_limits(k):
             k.t.matmul(c, a, b, i * 16, 16, 16)
 
 
+def test_fixpipe_limits(k):
+    c, out = k.local("scope_cc", "c", (4096,), F32), k.ub("out", (4096,), F32)
+    with expect_error("alignment", "'src' must be at a multiple of 1024 bytes"):
+        k.t.fixpipe(out, c[128:], 1, 32, 0, 0)
+    with expect_error("alignment", "'dst' must be at a multiple of 32 bytes"):
+        k.t.fixpipe(out[4:], c, 1, 32, 0, 0)
+    with expect_error("range", "'src_stride, burst_len' must be 0 and even"):
+        k.t.fixpipe(out, c, 1, 32, 0, 1)
+
+
+def test_mode_of_a_move_from_l0c(k):
+    c, out = k.local("scope_cc", "c", (4096,), F32), k.ub("out", (4096,), F32)
+    with expect_error("range", "'sid_store_mode' must be in 0..15"):
+        k.t.tensor_mov(out, c, "m", 1, 1, 0, 0, sid_store_mode=16)
+
+
 def test_matmul_without_room_in_l0(k):
     k.local("scope_ca", "left", (32768,))
     c, a, b = k.local("scope_cc", "c", (4096,), F32), k.local("scope_cbuf", "a"), k.local("scope_cbuf", "b")

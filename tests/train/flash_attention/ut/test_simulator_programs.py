@@ -40,6 +40,14 @@ def test_run_time_arguments_are_checked_when_they_occur(k):
         k.store(a)
 
 
+def test_loop_from_below_zero_at_run_time(k):
+    a, start = k.filled("a"), k.t.Scalar(S32, "start", -1)
+    with k.t.for_range(start, 2):
+        k.t.vec_abs(128, a, a, 1, 8, 8)
+    with expect_error("loop", "'begint' must be in 0..2\\*\\*31-1, but got -1"):
+        k.store(a)
+
+
 def test_repeat_zero_at_run_time_does_nothing(k):
     a = k.filled("a")
     count = k.t.Scalar(S32, "count", 0)
@@ -315,6 +323,40 @@ def test_local_tensor_as_argument(k):
 def test_bad_kernel_name(k):
     with expect_error("name", "'kernel_name' must be an identifier"):
         k.t.BuildCCE("a-b", [], [])
+
+
+def test_input_scalars_are_listed_once_under_names_of_their_own(k):
+    x, first = k.gm("x"), k.t.InputScalar(S32, "x")
+    with expect_error("build", "'x' must be an InputScalar that is listed once in 'inputs', but got listed 0 times"):
+        k.t.BuildCCE("kernel", [x], [])
+    with expect_error("name", "'x' must be unique among the inputs"):
+        k.t.BuildCCE("kernel", [x, first], [])
+
+
+def test_inputs_with_scalars_are_counted(k):
+    scalars = [k.t.InputScalar(S32, "s{}".format(number)) for number in range(64)]
+    with expect_error("build", "at most 64 inputs, and 64 outputs with workspaces, but got \\(65, 0\\)"):
+        k.t.BuildCCE("kernel", [k.gm("x")] + scalars, [])
+
+
+def test_option_of_the_compiler_that_is_not_known(k):
+    with expect_error("unsupported", "'BuildCCE', 'extend_params' must be left out"):
+        k.t.BuildCCE("kernel", [], [], extend_params={"build_multi_kernels": {}})
+
+
+def test_nothing_follows_the_build(k):
+    a = k.filled()
+    k.store(a)
+    with expect_error("build", "'position' must be the last call of the program, but got vec_abs after it"):
+        k.t.vec_abs(128, a, a, 1, 8, 8)
+    with expect_error("build", "'position' must be called once"):
+        k.t.BuildCCE("kernel", k.inputs, k.outputs)
+
+
+def test_scope_opened_and_not_entered_before_the_build(k):
+    k.t.for_range(0, 2)
+    with expect_error("scope", "entered by `with` before the next call, but got BuildCCE before that"):
+        k.t.BuildCCE("kernel", [], [])
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,22 @@ def test_accumulation_needs_the_last_source(k):
         k.t.vec_sub(128, total, total, a, 8, 0, 0, 8)
 
 
+@pytest.mark.parametrize("call", ["vmla", "vaxpy"])
+def test_updates_of_one_row_by_all_repeats(k, call):
+    """Unlike vec_add, these read their destination: the next repeat would need what this one writes."""
+    a, total = k.filled("a"), k.filled("total", (128,))
+    sources = (a, a) if call == "vmla" else (a, 2.0)
+    strides = (1, 1, 1, 0, 8, 8) if call == "vmla" else (1, 1, 0, 8)
+    with expect_error("overlap", "'dst' must be clear of 'dst'.*that 'dst' writes in the next repeat"):
+        getattr(k.t, call)(128, total, *(sources + (4,) + strides))
+
+
+def test_selection_over_its_bits(k):
+    a, bits = k.filled("a"), k.ub("bits", (256,), "uint8")
+    with expect_error("overlap", "'sel' must be clear of 'dst'"):
+        k.t.vec_sel(128, 0, bits.reinterpret_cast_to(F16), bits, a, a, 1, 8, 8, 8)
+
+
 def test_reduction_over_its_own_source(k):
     a = k.filled()
     with expect_error("overlap", "'dst' must be clear of 'src'"):

@@ -11,7 +11,7 @@ from support.tik_route import simulated_operator
 
 from flash_attention.ascend import simulated
 from flash_attention.ascend.backward_arguments import cotangent_exponent, result_factors
-from flash_attention.ascend.entry.request import BACKWARD, FORWARD, KernelRequest
+from flash_attention.ascend.entry.request import BACKWARD, FORWARD, PREPROCESS, KernelRequest
 from flash_attention.ops import tik
 from flash_attention.ops.tik import custom
 from flash_attention.ops.tik.backward_operands import Scaled
@@ -111,7 +111,7 @@ def test_cotangents_are_divided_as_in_numpy(size):
 
 
 # --- what MindSpore is told -----------------------------------------------------------------------
-@pytest.mark.parametrize("kind", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("kind", [FORWARD, PREPROCESS, BACKWARD])
 @pytest.mark.parametrize("name", list(SPECS))
 def test_registration_is_the_kernels_argument_list(kind, name):
     request = KernelRequest.of(kind, SPECS[name])
@@ -123,7 +123,10 @@ def test_registration_is_the_kernels_argument_list(kind, name):
     assert [entry["index"] for entry in info["inputs"]] == list(range(len(inputs)))
     formats = ["FRACTAL_NZ" if argument.nd_shape else "DefaultFormat" for argument in inputs + outputs]
     assert info["dtype_format"] == [[list(pair) for pair in zip([x.dtype for x in inputs + outputs], formats)]]
-    assert formats[:3] == ["FRACTAL_NZ"] * 3 and formats[len(inputs)] == "FRACTAL_NZ"
+    matrices = ["output", "d_out"] if kind == PREPROCESS else ["query", "key", "value"]
+    assert [argument.name for argument in inputs[: len(matrices)]] == matrices
+    assert set(formats[: len(matrices)]) == {"FRACTAL_NZ"}
+    assert formats[len(inputs)] == ("DefaultFormat" if kind == PREPROCESS else "FRACTAL_NZ")
     assert (info["op_name"], info["kernel"]) == (request.operator, request.operator)
     assert [(entry["name"], entry["type"]) for entry in info["attr"]] == [("request", "str")]
 

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +149,8 @@ def test_plan_predicts_the_ascend_kernels(capsys):
         got = cost.predict(spec, direction)
         assert "{} kernel\n{}\n".format(direction, got.budget) in text
         assert "{:.3f} ms, {:.0f} TFLOPS".format(1e3 * got.seconds, got.tflops) in text
+    front = "kernel in front of the backward one: {:.3f} ms".format(1e3 * cost.predict(spec, "preprocess").seconds)
+    assert front in text
     assert all(scenario.name in text for scenario in cost.SCENARIOS)
     assert "not measured on a device" in text
 
@@ -414,6 +417,31 @@ def _cores(trips, **options):
 def test_rounds_with_cores_far_apart_are_repeated(trips, rounds, far):
     found = measure.time_job(FakePool({"a": 0.1, "b": 0.2}), _job(), budget=1.3, cores=_cores(trips))
     assert len(found["a"]["times"]) == rounds and found["a"]["far_rounds"] == found["b"]["far_rounds"] == far
+
+
+@pytest.mark.parametrize(
+    "again, kept",
+    [
+        ({"a": {"far_rounds": 0}}, {"a": {"far_rounds": 0}}),
+        ({"a": {"far_rounds": 3}}, {"a": {"far_rounds": 2}}),  # no better: the first one stays
+        ({"a": {"failed": "died"}}, {"a": {"far_rounds": 2}}),
+    ],
+)
+def test_jobs_timed_with_cores_far_apart_get_a_second_chance_at_the_end(again, kept, tmp_path, monkeypatch):
+    near, far = registry.Job("near", "fwd", (), "time", None), registry.Job("far", "fwd", (), "time", None)
+    answers = {far.id: [{"a": {"far_rounds": 2}}, again], near.id: [{"a": {"far_rounds": 0}}]}
+    asked = []
+
+    def measure_job(pool, job, *rest):
+        asked.append(job.id)
+        return answers[job.id].pop(0)
+
+    monkeypatch.setattr(bench_run, "measure_job", measure_job)
+    partial = bench_run.Partial(str(tmp_path / "x.partial"), {})
+    args = SimpleNamespace(minutes=1.0, quick=False)
+    assert bench_run.run_jobs([far, near], partial, None, SimpleNamespace(name="x", budget=1.0), args, None)
+    assert asked == [far.id, near.id, far.id]
+    assert partial.content["jobs"] == {far.id: kept, near.id: {"a": {"far_rounds": 0}}}
 
 
 def test_waiting_for_near_cores_ends_with_the_patience():

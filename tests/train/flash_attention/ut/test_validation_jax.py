@@ -50,11 +50,11 @@ def test_function(bad, jit):
 
 def test_unknown_implementation():
     x = jnp.ones((1, 8, 1, 4))
-    need = "one of 'auto', 'xla', 'reference'"
-    message = "For 'flash_attention', 'implementation' must be {}, but got 'cudnn'.".format(need)
-    expect_error(ValueError, message, flash_attention, x, x, x, implementation="cudnn")
-    message = "For 'FlashAttention', 'engine' must be {}, but got 'cudnn'.".format(need)
-    expect_error(ValueError, message, FlashAttention, 64, engine="cudnn")
+    need = "one of 'auto', 'xla', 'pallas', 'cudnn', 'splash', 'reference'"
+    message = "For 'flash_attention', 'implementation' must be {}, but got 'triton'.".format(need)
+    expect_error(ValueError, message, flash_attention, x, x, x, implementation="triton")
+    message = "For 'FlashAttention', 'engine' must be {}, but got 'triton'.".format(need)
+    expect_error(ValueError, message, FlashAttention, 64, engine="triton")
 
 
 @pytest.mark.parametrize("name", ["dp", "mp"])

@@ -13,13 +13,17 @@ from flash_attention.ascend.chips import ASCEND_910A
 from flash_attention.ascend.forward import build_forward
 from flash_attention.ascend.geometry import Geometry, KernelTiles
 from flash_attention.ascend.host import forward_constants
+from flash_attention.ascend.preprocess import build_preprocess
+from flash_attention.ascend.preprocess_arguments import preprocess_constants, preprocess_signature
 from flash_attention.ascend.signature import forward_signature
 from flash_attention.ascend.tiles import choose_tiles
 from flash_attention.core.spec import AttentionSpec
 
 FORWARD, INFERENCE, BACKWARD = "flash_attention_forward", "flash_attention_inference", "flash_attention_backward"
-KINDS = (FORWARD, INFERENCE, BACKWARD)
-"""Training's forward kernel also writes the log-sum-exp; inference's does not."""
+PREPROCESS = "flash_attention_preprocess"
+KINDS = (FORWARD, INFERENCE, PREPROCESS, BACKWARD)
+"""Training's forward kernel also writes the log-sum-exp; inference's does not. The backward kernel runs after the one
+that prepares it, at the same tiles."""
 
 # Arguments of every kernel of a kind; the others are named in the operator's name.
 _ALWAYS = frozenset([
@@ -48,7 +52,7 @@ class KernelRequest:
 
         ``term_gradients=False`` leaves out a backward kernel's gradients of bias and slopes.
         """
-        direction = "backward" if kind == BACKWARD else "forward"
+        direction = "backward" if kind in (PREPROCESS, BACKWARD) else "forward"
         return cls(kind, Geometry(spec, choose_tiles(spec, direction, chip), term_gradients), chip.cores)
 
     @classmethod
@@ -74,16 +78,20 @@ class KernelRequest:
         """(inputs, outputs): lists of :class:`~flash_attention.ascend.program.GmTensor`."""
         if self.kind == BACKWARD:
             return backward_signature(self.geometry, self.cores)
+        if self.kind == PREPROCESS:
+            return preprocess_signature(self.geometry, self.cores)
         return forward_signature(self.geometry, self.cores, self.kind == FORWARD)
 
     def constants(self):
         """The inputs that depend on no tensor, arrays by name: tables, bounds, the key's extra columns."""
-        make = backward_constants if self.kind == BACKWARD else forward_constants
+        make = {BACKWARD: backward_constants, PREPROCESS: preprocess_constants}.get(self.kind, forward_constants)
         return make(self.geometry, self.cores)
 
     @property
     def operator(self):
         """The kind and the arguments, of those not always there, that this kernel has."""
+        if self.kind == PREPROCESS:
+            return self.kind
         inputs, outputs = self.signature()
         names = [argument.name for argument in inputs + outputs if argument.name not in _ALWAYS]
         return "__".join([self.kind] + names)
@@ -92,6 +100,8 @@ class KernelRequest:
         """Build the kernel with the module ``tik``; returns its TIK instance."""
         if self.kind == BACKWARD:
             return build_backward(tik, self.geometry, self.cores, kernel_name, disable_debug)
+        if self.kind == PREPROCESS:
+            return build_preprocess(tik, self.geometry, self.cores, kernel_name, disable_debug)
         with_lse = self.kind == FORWARD
         return build_forward(tik, self.geometry, self.cores, kernel_name, with_lse, disable_debug)
 

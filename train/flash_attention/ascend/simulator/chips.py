@@ -79,7 +79,9 @@ class Chip:
     Attributes:
         name: short name used in instruction tables.
         socs: names ``set_current_compile_soc_info`` accepts, by prefix.
+        cores: AI cores. l2: bytes of the shared cache.
         capacity: scope -> bytes.
+        rates: :class:`Rates`.
     """
 
     name: str
@@ -122,6 +124,7 @@ def chip_of(soc):
         ValueError: no table row; 910B, A2 and A3 have no path from L0C to UB and are not simulated.
     """
     text = str(soc)
+    # Plain 'Ascend910B' is an older name of a first-generation product; 910B's own are 'Ascend910B1' and so on.
     newer = text.startswith(("Ascend910B", "Ascend910_9")) and text != "Ascend910B"
     for chip in CHIPS:
         if not newer and text.startswith(chip.socs):

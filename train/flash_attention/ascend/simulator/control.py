@@ -140,6 +140,7 @@ def previous_branch(program, name):
 
 
 def check_jump(program, kind):
+    """tik_break and tik_continue are inside a loop that runs on one core."""
     if kind == "return":
         return
     block = program.block
@@ -159,8 +160,11 @@ def check_build(program, scalars, kernel_name, inputs, outputs, flowtable):
     def refuse(operand, need, got, rule="build"):
         program.violation(rule, "BuildCCE", operand, need, got)
 
+    program.check_entered("BuildCCE")
     if program.block is not program.root:
         refuse("position", "after every scope has ended", "inside '{}'".format(program.block.kind))
+    if program.built is not None:
+        refuse("position", "called once", "a second call")
     if not isinstance(kernel_name, str) or not kernel_name.isidentifier():
         refuse("kernel_name", "an identifier", repr(kernel_name), "name")
     for operand, items in (("inputs", inputs), ("outputs", outputs)):
@@ -174,10 +178,22 @@ def check_build(program, scalars, kernel_name, inputs, outputs, flowtable):
         refuse("inputs", "GM tensors and InputScalars", repr(others or outputs))
     if flowtable:
         refuse("flowtable", "None on the simulator", repr(flowtable), "unsupported")
-    _check_arguments(program, refuse, tensors, list(outputs))
+    _check_scalars(refuse, scalars, list(inputs)[len(tensors) :], [tensor.name for tensor in tensors])
+    _check_arguments(program, refuse, tensors, list(outputs), len(inputs))
 
 
-def _check_arguments(program, refuse, tensors, outputs):
+def _check_scalars(refuse, declared, listed, taken):
+    """Every InputScalar is listed, once, under a name of its own."""
+    for scalar in declared:
+        count = sum(item is scalar for item in listed)
+        if count != 1:
+            refuse(scalar.name, "an InputScalar that is listed once in 'inputs'", "listed {} times".format(count))
+        if taken.count(scalar.name) or sum(other.name == scalar.name for other in declared) > 1:
+            refuse(scalar.name, "unique among the inputs", "a name that occurs twice", "name")
+
+
+def _check_arguments(program, refuse, tensors, outputs, inputs):
+    """GM tensors: listed where they belong, once; ``inputs``: how many inputs there are, InputScalars included."""
     listed = [tensor.buffer for tensor in tensors + outputs]
     for tensor in tensors + outputs:
         if tensor.buffer.scope != GM:
@@ -191,21 +207,23 @@ def _check_arguments(program, refuse, tensors, outputs):
         workspaces += buffer.is_workspace
         if buffer.scope == GM and not buffer.is_workspace and buffer not in listed:
             refuse(buffer.name, "an input, an output or a workspace", "a GM tensor that is none of them")
-    if len(tensors) > MAX_TENSORS or len(outputs) + workspaces > MAX_TENSORS:
-        refuse("inputs", "at most {} inputs, and outputs with workspaces".format(MAX_TENSORS),
-               (len(tensors), len(outputs) + workspaces))  # fmt: skip
+    if inputs > MAX_TENSORS or len(outputs) + workspaces > MAX_TENSORS:
+        need = "at most {0} inputs, and {0} outputs with workspaces".format(MAX_TENSORS)
+        refuse("inputs, outputs", need, (inputs, len(outputs) + workspaces))
     for tensor in outputs:
         if tensor.buffer not in program.written:
             refuse(tensor.name, "written by the program", "an output that nothing writes")
 
 
-def check_built(program):
+def check_built(program, call):
+    """``call`` needs a program that is complete."""
     if program.built is None:
-        program.violation("build", "start_debug", "program", "built by BuildCCE", "a program that is not")
+        program.violation("build", call, "program", "built by BuildCCE", "a program that is not")
 
 
 def check_run(program, disable_debug):
-    check_built(program)
+    """start_debug may run the program."""
+    check_built(program, "start_debug")
     if disable_debug:
         program.violation("build", "start_debug", "disable_debug", "False", True)
     if not program.params.execute:

@@ -42,17 +42,17 @@ def _matrix(array):
     return array.reshape(array.shape[0] * array.shape[1], -1)
 
 
-def _product(call, m, k, n, accumulate, transpose_b):
-    """Kernel and marks of C[:m, :n] = A[:m, :k] B[:k, :n]; what lies beyond m and n becomes undefined.
+def _product(call, m, k, n, accumulate):
+    """Kernel and marks of C[:m, :n] = A[:m, :k] B[:n, :k]^T; what lies beyond m and n becomes undefined.
 
-    ``transpose_b``: b is shown as (n, k). The device accumulates in fp32; the order of its sum is unknown.
+    The device accumulates in fp32; the order of its sum is unknown.
     """
 
     def kernel(c, a, b, *_old):  # an accumulator is among the reads too
         wide = np.float32 if a.dtype == np.float16 else np.float64  # 8-bit products are exact in float64
         left = _matrix(a)[:m, :k].astype(wide)
-        right = _matrix(b)[:n, :k].astype(wide).T if transpose_b else _matrix(b)[:k, :n].astype(wide)
-        result = np.matmul(left, right)
+        right = _matrix(b)[:n, :k].astype(wide)
+        result = np.matmul(left, right.T)
         whole = np.zeros((c.shape[0] * c.shape[1], c.shape[2] * c.shape[3]), result.dtype)
         whole[:m, :n] = result
         tile = whole.reshape(c.shape)
@@ -68,7 +68,7 @@ def _product(call, m, k, n, accumulate, transpose_b):
             c[outside.reshape(c.shape)] = np.nan if c.dtype.kind == "f" else -1
 
     def shadow(c, a, b, *_old):
-        operands = [(a, m, k), (b, n, k) if transpose_b else (b, k, n)] + ([(c, m, n)] if accumulate else [])
+        operands = [(a, m, k), (b, n, k)] + ([(c, m, n)] if accumulate else [])
         wrong = None
         for view, rows, columns in operands:
             if not view.buffer.clean and not (_matrix(view.shadow)[:rows, :columns] == view.full).all():
@@ -108,7 +108,7 @@ def mmad(call, dst, a, b, m, k, n, is_bias, fm_offset=0, en_weight_offset=False,
     left = _tile("a", call, a, _fractals(m, 16, k, k0), ("r1", "c1", "r0", "c0"))  # zZ
     right = _tile("b", call, b, _fractals(n, 16, k, k0), ("c1", "r1", "r0", "c0"))  # nZ, seen as (n, k)
     target = _tile("dst", call, dst, _fractals(m, 16, n, 16), ("c1", "r1", "r0", "c0"))  # zN
-    kernel, shadow = _product(call, m, k, n, accumulate, transpose_b=True)
+    kernel, shadow = _product(call, m, k, n, accumulate)
     reads = [left, right, target] if accumulate else [left, right]
     return Plan(reads, [target], kernel, [cube_cost(call, m, k, n, k0)], shadow=shadow)
 
@@ -142,7 +142,7 @@ def matmul(call, dst, a, b, m, k, n, init_l1out=True, bias=None):
     left = _tile("a", call, a, _fractals(m, 16, k, k0), ("c1", "r1", "r0", "c0"))
     right = _tile("b", call, b, _fractals(n, 16, k, k0), ("c1", "r1", "r0", "c0"))
     target = _tile("dst", call, dst, _fractals(m, 16, n, 16), ("c1", "r1", "r0", "c0"))
-    kernel, shadow = _product(call, m, k, n, not init_l1out, transpose_b=True)
+    kernel, shadow = _product(call, m, k, n, not init_l1out)
     costs = []
     for operand, address, rows, rate in (("a", a, m, call.rates.l1_to_l0a), ("b", b, n, call.rates.l1_to_l0b)):
         size = round_up(rows, 16) * round_up(k, k0) * address.itemsize
@@ -155,14 +155,17 @@ def matmul(call, dst, a, b, m, k, n, init_l1out=True, bias=None):
 @instruction(
     "fixpipe", "dst src cburst_num burst_len dst_stride src_stride extend_params=None", "V", sync=False, ir=4,
     dtypes=[(F32, F32), (F16, F32), (S32, S32), (F16, S32)],
-    limits="src L1OUT, dst GM or UB; cburst_num 1..4095; burst_len even, 2..65535 in 32 B of src; dst_stride 0..65535 "
-    "in 32 B; src_stride 0; extend_params: quantize_params and relu",
+    limits="src L1OUT at 1024 B, dst GM or UB (at 32 B); cburst_num 1..4095; burst_len even, 2..65535 in 32 B of src; "
+    "dst_stride 0..65535 in 32 B; src_stride 0; extend_params: quantize_params and relu",
     cost="L0C->UB, then UB->GM", source="D",
 )  # fmt: skip
 def fixpipe(call, dst, src, cburst_num, burst_len, dst_stride, src_stride, extend_params=None):
     """Drain a matmul result [N1, M, 16] to [N1, m, 16], dropping padded rows; converts with quantize_params."""
     call.tensor("dst", dst, GM, UB), call.tensor("src", src, L0C)
     call.typed("dst, src", dst, src)
+    call.aligned("src", src, 1024)
+    if dst.scope == UB:
+        call.aligned("dst", dst)
     call.in_range("cburst_num", cburst_num, 1, 4095)
     call.in_range("burst_len", burst_len, 2, 65535)
     call.in_range("dst_stride", dst_stride, 0, 65535)

@@ -161,18 +161,21 @@ def _share(left, right):
     return bool((np.abs(left[:, :, None] - right[:, None, :]) < BLOCK).any())
 
 
-def check_overlap(call, destination, sources, lanes, repeats, accumulates=False):
+def check_overlap(call, destination, sources, lanes, repeats, accumulates=False, updates=False):
     """The rules of overlapping operands; True when repeats must be executed one by one.
 
     One repeat: the same address and block stride, or no common byte. More: the destination of repeat i must not share
     bytes with a source of repeat i + 1. ``accumulates``: destination and last source may be one row of blocks that all
-    repeats add to (both repeat strides 0). Destination repeats that fall onto each other are executed in order.
+    repeats add to (both repeat strides 0). ``updates``: the destination is a source too. Destination repeats that fall
+    onto each other are otherwise executed in order.
     """
     target = None
     sequential = False
     if repeats > 1 and destination.repeat < _reach(destination, lanes)[1]:
         target = _footprint(destination, lanes, repeats)
         sequential = len(np.unique(target)) < target.size
+        if sequential and updates:
+            _refuse_overlap(call, destination, destination, "the next repeat")
     for position, source in enumerate(sources):
         if source.address.buffer is not destination.address.buffer:
             continue

@@ -49,12 +49,6 @@ def _cost(call, access, factor=1):
     return [Cost("V", factor * -(-size // call.rates.vector), size)]
 
 
-def _disjoint_or_same(call, target, source):
-    same = target.pieces == source.pieces and target.dtype == source.dtype
-    if target.buffer is source.buffer and not same and target.start < source.stop and source.start < target.stop:
-        call.fail("overlap", source.operand, "clear of 'dst', or identical to it", "a part of it", hazard=True)
-
-
 def _binary(name, ufunc, dtypes, slow=False):
     def plan(call, dst, src0, src1):
         target, first = _operand(call, "dst", dst, UB), _operand(call, "src0", src0, UB)
@@ -70,7 +64,7 @@ def _binary(name, ufunc, dtypes, slow=False):
             value = call.scalar("src1", src1, dst.dtype)
             kernel, events = _with_number(call, ufunc, dst.dtype, value)
         for source in sources:
-            _disjoint_or_same(call, target, source)
+            call.disjoint(target, source, or_same=True)
         _check_scratch(call)
         factor = call.rates.slow_vector if slow else 1
         return Plan(sources, [target], kernel, _cost(call, target, factor), undefined=events)
@@ -92,7 +86,7 @@ def _unary(name, ufunc, slow, undefined=False):
         target, source = _operand(call, "dst", dst, UB), _operand(call, "src", src, UB)
         _same_shape(call, "src", src, dst)
         call.typed("dst, src", dst, src)
-        _disjoint_or_same(call, target, source)
+        call.disjoint(target, source, or_same=True)
         _check_scratch(call)
         kernel, events = kernel_for(call, ufunc, dst.dtype, undefined)
         factor = call.rates.slow_vector if slow else 1
@@ -123,7 +117,7 @@ def _cast(call, dst, src, round_mode):
     target, source = _operand(call, "dst", dst, UB), _operand(call, "src", src, UB)
     _same_shape(call, "src", src, dst)
     kernel = converter(call, round_mode, dst, src)
-    _disjoint_or_same(call, target, source)
+    call.disjoint(target, source, or_same=True)
     _check_scratch(call)
     wider = max(target, source, key=lambda access: access.dtype.itemsize)
     return Plan([source], [target], kernel, _cost(call, wider))
@@ -156,8 +150,7 @@ def _reduction(name, ufunc, neutral):
         left = tuple(extent for index, extent in enumerate(src.shape) if index != axis)
         if tuple(dst.shape) not in (left, left[:axis] + (1,) + left[axis:]):
             call.fail("shape", "dst", "of shape {}".format(left), dst.shape)
-        if target.buffer is source.buffer and target.start < source.stop and source.start < target.stop:
-            call.fail("overlap", "dst", "clear of 'src'", "overlapping", hazard=True)
+        call.disjoint(source, target)
         _check_scratch(call)
 
         def kernel(out, data):
@@ -185,7 +178,7 @@ def _data_move(call, dst, src):
     _same_shape(call, "src", src, dst)
     if dst.dtype != src.dtype:
         call.fail("dtype", "src", "of dst's dtype {}".format(dst.dtype), src.dtype)
-    _disjoint_or_same(call, target, source)
+    call.disjoint(target, source, or_same=True)
     costs = path_cost(call, path, int(np.prod(dst.shape)) * dst.itemsize)
     if dst.scope == GM:
         return Plan([source], [target], effect=store(call), costs=costs)

@@ -16,9 +16,7 @@ from .expr import INTEGERS
 from .memory import BLOCK
 from .tensor import Address
 
-# Pipes: M cube, V vector, MTE1 out of L1, MTE2 out of GM, MTE3 out of UB, S scalar.
-PIPES = ("MTE1", "MTE2", "MTE3", "M", "V", "S")
-
+# pipe: M cube, V vector, MTE1 out of L1, MTE2 out of GM, MTE3 out of UB, S scalar.
 # operands: names of those it touches, for one step of a composite call; None = all.
 Cost = namedtuple("Cost", "pipe cycles bytes operands")
 Cost.__new__.__defaults__ = (None,)
@@ -133,6 +131,7 @@ class Call:
         line: source line of the kernel.
         program: the program it belongs to.
         dynamic: names of the arguments known only at run time.
+        row: the instruction's :class:`Instruction`.
     """
 
     __slots__ = ("name", "line", "program", "dynamic", "row")
@@ -146,6 +145,7 @@ class Call:
 
     @property
     def rates(self):
+        """The chip's :class:`~flash_attention.ascend.simulator.chips.Rates`."""
         return self.program.chip.rates
 
     def in_range(self, operand, value, low, high, zero_at_run_time=False):
@@ -196,6 +196,16 @@ class Call:
             need = "inside '{}' of {} bytes".format(access.buffer.name, access.buffer.size)
             self.fail("bounds", access.operand, need, "bytes {}..{}".format(access.start, access.stop - 1))
         return access
+
+    def disjoint(self, *accesses, or_same=False):
+        """No two accesses share a byte of their ranges; ``or_same``: unless they are the same elements."""
+        for number, left in enumerate(accesses):
+            for right in accesses[number + 1 :]:
+                same = left.pieces == right.pieces and left.dtype == right.dtype
+                if left.meets(right) and not (or_same and same):
+                    need = "clear of '{}'{}".format(left.operand, ", or identical to it" if or_same else "")
+                    got = "a part of '{}' that overlaps it".format(left.buffer.name)
+                    self.fail("overlap", right.operand, need, got, hazard=True)
 
     def scalar(self, operand, value, dtype):
         """An immediate or Scalar as a number of ``dtype``."""

@@ -19,13 +19,6 @@ def _cost(call, repeats):
     return [Cost("V", -(-size // call.rates.vector), size)]
 
 
-def _check_tiles(call, target, source, repeats):
-    """In place only where every tile keeps its address; otherwise the operands must not overlap."""
-    if target.buffer is source.buffer and target.start < source.stop and source.start < target.stop:
-        if target.pieces != source.pieces:
-            call.fail("overlap", "src", "clear of 'dst', or identical to it", "a part of it", hazard=True)
-
-
 def _vec_trans(call, dst, src, repeat_times, dst_rep_stride, src_rep_stride):
     repeats = call.in_range("repeat_times", repeat_times, 1, 4095, zero_at_run_time=True)
     accesses = []
@@ -39,7 +32,7 @@ def _vec_trans(call, dst, src, repeat_times, dst_rep_stride, src_rep_stride):
     if repeats == 0:
         return NOTHING
     target, source = [call.bounded(access) for access in accesses]
-    _check_tiles(call, target, source, repeats)
+    call.disjoint(target, source, or_same=True)  # in place only where every tile keeps its address
     return Plan([source], [target], _transpose_kernel, _cost(call, repeats), shadow="move")
 
 

@@ -165,6 +165,8 @@ class Machine:
 
         def run():
             begin, end = bounds(registers)
+            if begin < 0:
+                program.violation("loop", "for_range", "begint", "in 0..2**31-1", begin, line)
             if end < begin:
                 program.warn("loop", "for_range({}, {}) runs zero times at {}".format(begin, end, line))
             try:

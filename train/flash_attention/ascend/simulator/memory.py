@@ -76,6 +76,10 @@ class Access:
         self.start = min(first for first, _ in ranges)
         self.stop = max(last for _, last in ranges) + self.dtype.itemsize
 
+    def meets(self, other):
+        """True when the ranges of the two share a byte."""
+        return self.buffer is other.buffer and self.start < other.stop and other.start < self.stop
+
     def views(self):
         """A :class:`View` for each piece, on attached memory."""
         return [View(self, offset, shape, strides) for offset, shape, strides in self.pieces]

@@ -171,6 +171,7 @@ def tensor_mov(call, dst, src, block_mode, nburst, burst_len, dst_stride, src_st
     for operand, value in (("pad_mode", pad_mode), ("pad_value", pad_value)):
         if value is not None:
             call.fail("unsupported", operand, "None on the simulator", value)
+    call.in_range("sid_store_mode", sid_store_mode, 0, 15)
     if L0C not in (dst.scope, src.scope):
         if block_mode not in ("", "m") or relu or deqscale is not None:
             call.fail("path", "block_mode", "'' without relu and deqscale outside L0C<->UB", repr(block_mode))

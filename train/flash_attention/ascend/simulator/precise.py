@@ -6,7 +6,7 @@ from . import numerics
 from .geometry import Operand, lane_runs, lanes_of, repeat_count
 from .isa import NOTHING, register
 from .memory import BLOCK, round_up
-from .reduce import check_disjoint, work_area
+from .reduce import work_area
 from .vector import F16, F32, LIMITS, check_strides, elementwise, kernel_for
 
 
@@ -44,9 +44,8 @@ def _composite(name, function, work_dtype, factors, extent, dtypes, cycles, sour
                 call.fail("bounds", operand, what, given, hazard=given > 1)
         kernel, events = kernel_for(call, function, dtype, True)
         result = elementwise(call, mask, operands, repeat_times, kernel, undefined=events)
-        check_disjoint(
-            call, result.reads + result.writes + [work_area(call, work_tensor, min(need, _room(work_tensor)))]
-        )
+        work = work_area(call, work_tensor, min(need, _room(work_tensor)))
+        call.disjoint(*result.reads, *result.writes, work)
         result.costs = tuple(cost._replace(cycles=cycles * cost.cycles) for cost in result.costs)
         return result
 

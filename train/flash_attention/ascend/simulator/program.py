@@ -13,7 +13,7 @@ from .isa import INSTRUCTIONS, Call
 from .memory import Allocator, Buffer
 from .tensor import MAX_RANK, Tensor
 
-DTYPES = tuple(dtype for dtype in INTEGERS + FLOATS)
+DTYPES = INTEGERS + FLOATS
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
 
 
@@ -160,7 +160,7 @@ class Program:
         self.chip, self.params = chip, params
         self.root = self.block = Block("program")
         self.allocator = Allocator(chip.capacity)
-        self.buffers, self.inputs_scalar = [], []
+        self.buffers = []
         self.registers = []
         self.first_values = []  # the register file in the first iteration of all loops; None = unknown
         self.written = set()  # GM buffers some statement writes
@@ -217,7 +217,11 @@ class Program:
             self.violation("scope", self.unentered, "scope", need, "{} before that".format(name))
 
     def append(self, statement, count=1):
-        self.check_entered(getattr(getattr(statement, "row", None), "name", "another call"))
+        """Record a statement of the current block; ``count``: what it counts for the IR limit."""
+        name = getattr(getattr(statement, "row", None), "name", "another call")
+        self.check_entered(name)
+        if self.built is not None:
+            self.violation("build", "BuildCCE", "position", "the last call of the program", "{} after it".format(name))
         self.block.statements.append(statement)
         before, self.ir = self.ir, self.ir + count * self.block.copies
         if self.ir > chips.IR_LIMIT:

@@ -7,7 +7,7 @@ import numpy as np
 
 from . import numerics
 from .binding import require_written
-from .geometry import Operand, accesses, lane_runs, lanes_of, repeat_count, slots
+from .geometry import MAX_REPEAT, Operand, accesses, lane_runs, lanes_of, repeat_count, slots
 from .isa import NOTHING, Plan, register
 from .memory import BLOCK, Access
 from .vector import F16, F32, vector_cost
@@ -36,17 +36,9 @@ class Lanes:
         return values
 
 
-def check_disjoint(call, operands):
-    """No two of the Accesses share a byte of their ranges."""
-    for i, left in enumerate(operands):
-        for right in operands[i + 1 :]:
-            if left.buffer is right.buffer and left.start < right.stop and right.start < left.stop:
-                call.fail("overlap", right.operand, "clear of '{}'".format(left.operand), "overlapping", hazard=True)
-
-
 def _reduction(call, lanes, target, reduce, costs, work=None, unwritten=None):
     """The plan of a reduction. ``reduce(values)`` gives an array of the target's shape."""
-    check_disjoint(call, [lanes.access, target] + ([work] if work else []))
+    call.disjoint(lanes.access, target, *([work] if work else []))
 
     def effect(machine, statement, out, *views):
         sources = views[: len(lanes.slots)]
@@ -61,7 +53,7 @@ def _reduction(call, lanes, target, reduce, costs, work=None, unwritten=None):
     return Plan([lanes.access], [target], effect=effect, costs=costs)
 
 
-def _check(call, mask, dst, src, repeat_times, dst_rep_stride, src_blk_stride, src_rep_stride, highest=255):
+def _check(call, mask, dst, src, repeat_times, dst_rep_stride, src_blk_stride, src_rep_stride, highest=MAX_REPEAT):
     call.tensor("dst", dst, "UB"), call.tensor("src", src, "UB")
     call.typed("dst, src", dst, src)
     call.aligned("src", src)

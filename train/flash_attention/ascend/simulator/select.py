@@ -41,8 +41,7 @@ def _comparison(name, low_name, function):
         sources = accesses(call, operands, ((0, lanes),), repeats)
         target = _bits(call, "dst", dst, repeats, lanes)
         for source in sources:
-            if source.buffer is target.buffer and source.start < target.stop and target.start < source.stop:
-                call.fail("overlap", source.operand, "clear of 'dst'", "overlapping", hazard=True)
+            call.disjoint(target, source)
 
         def kernel(out, left, right):
             with np.errstate(invalid="ignore"):  # comparing NaN is false, not undefined
@@ -90,6 +89,7 @@ def _select(call, mask, mode, dst, sel, src0, src1, repeat_times, dst_rep_stride
         call.fail("overlap", "dst", "distinct in every repeat", "repeats that fall onto each other")
     parts = accesses(call, operands, runs, repeats)
     bits = _bits(call, "sel", sel, repeats if mode else 1, lanes)
+    call.disjoint(parts[0], bits)
 
     def effect(machine, statement, *views):
         bit_view, count = views[-1], len(parts[0].pieces)

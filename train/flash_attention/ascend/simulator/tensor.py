@@ -6,7 +6,7 @@ A tensor is (buffer, dtype, base, origin shape, one slice an axis). Starts and e
 import numpy as np
 
 from .errors import SimulatorError, caller_line, violation_text
-from .expr import Arithmetic, is_dynamic
+from .expr import FLOATS, INTEGERS, Arithmetic, is_dynamic
 
 MAX_RANK = 8
 
@@ -152,6 +152,8 @@ class Tensor:
 
     def reinterpret_cast_to(self, dtype):
         """The same bytes as another dtype; the last axis scales by the ratio of widths."""
+        if dtype not in INTEGERS + FLOATS:
+            self._fail("reinterpreted as one of {}".format(", ".join(INTEGERS + FLOATS)), repr(dtype), rule="dtype")
         old, new = np.dtype(self.dtype).itemsize, np.dtype(dtype).itemsize
         if self._is_sliced() and len(self._origin_shape) > 1:
             self._fail("whole, or one-dimensional, to be reinterpreted", "a slice of shape {}".format(self.shape))

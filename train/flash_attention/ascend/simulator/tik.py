@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from . import control, cube, highlevel, layout, move, precise, reduce, select, vector  # noqa: F401  (they fill the table)
-from .chips import SCOPE_STRINGS
+from .chips import LOCAL_SCOPES, SCOPE_STRINGS
 from .errors import SimulatorError, caller_line
 from .expr import FLOATS, INTEGERS, Arithmetic, Expr, as_expr, convert_scalar, is_dynamic
 from .isa import ABSENT, INSTRUCTIONS
@@ -161,14 +161,21 @@ class Tik:
         return scalar
 
     def get_available_buffer_size(self, scope):
-        """Bytes left in a scope by the front end's accounting."""
-        return self.program.allocator.available(SCOPE_STRINGS[scope])
+        """Bytes left in a local scope by the front end's accounting."""
+        place = SCOPE_STRINGS.get(scope)
+        if place not in LOCAL_SCOPES:
+            need = "one of TIK's scope constants, not GM"
+            self.program.violation("scope", "get_available_buffer_size", "scope", need, repr(scope))
+        return self.program.allocator.available(place)
 
     # --- control flow ---------------------------------------------------------------------------
     @scope
     def for_range(self, begint, endt, name="i", thread_num=1, thread_type="whole", block_num=1, dtype="int32",
                   for_type="serial"):  # fmt: skip
-        """Loop; ``block_num`` > 1 runs each iteration on a core of its own, ``thread_num=2`` double-buffers."""
+        """Loop; ``block_num`` > 1 runs each iteration on a core of its own, ``thread_num=2`` double-buffers.
+
+        ``thread_type`` and ``for_type`` are hints to the vendor's compiler and change nothing here.
+        """
         cores = control.check_for_range(self.program, begint, endt, thread_num, block_num)
         static = not is_dynamic(begint) and not is_dynamic(endt)
         program = self.program
@@ -260,7 +267,10 @@ class Tik:
     # --- building and running -------------------------------------------------------------------
     def BuildCCE(self, kernel_name, inputs, outputs, output_files_path=None, enable_l2=False, config=None,
                  flowtable=None, **options):  # fmt: skip
-        """Finish the program. No file is written; ``output_files_path``, ``enable_l2`` and ``config`` are TIK's own."""
+        """Finish the program. No file is written; ``output_files_path``, ``enable_l2`` and ``config`` steer the
+        vendor's compiler and change nothing here; further options may not be given."""
+        for option, value in options.items():
+            self.program.violation("unsupported", "BuildCCE", option, "left out", repr(value), hazard=True)
         control.check_build(self.program, self._scalars, kernel_name, inputs, outputs, flowtable)
         self.program.built = (list(inputs), list(outputs))
         return self
@@ -311,7 +321,7 @@ class Tik:
             cores: numbers of the cores to walk; None = all.
         """
         program = self.program
-        control.check_built(program)
+        control.check_built(program, "count")
         only = scalar_sources(program)
         inputs, feed_dict = program.built[0], feed_dict or {}
         needed = [item for item in inputs if isinstance(item, Scalar) or item.buffer in only]

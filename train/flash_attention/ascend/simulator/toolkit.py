@@ -4,12 +4,22 @@ import functools
 import sys
 import types
 from contextlib import contextmanager
+from dataclasses import replace
+
+from flash_attention.core.errors import invalid_value
 
 from . import tik as facade
 from .chips import SPEC_KEYS, TIK_SCOPES, chip_of
+from .control import INTERNAL
 from .expr import combine
 from .isa import INSTRUCTIONS
 from .params import SimulatorParams
+
+_CALLS = frozenset(
+    "Tensor Scalar InputScalar for_range if_scope elif_scope else_scope new_stmt_scope tik_break tik_continue "
+    "tik_return get_available_buffer_size BuildCCE".split()
+)
+"""TIK's calls on an instance that are no instructions."""
 
 
 class Toolkit:
@@ -33,8 +43,25 @@ class Toolkit:
         self.platform = self._platform_module()
 
     def set_soc(self, soc_version, core_type="AiCore", aicore_num=None, l1_fusion=None):
-        """Choose the chip for programs made from now on; the further arguments are CANN's and change nothing."""
-        self.chip, self.soc = chip_of(soc_version), soc_version
+        """Choose the chip for programs made from now on.
+
+        Args:
+            soc_version: the product's name, see :func:`~flash_attention.ascend.simulator.chips.chip_of`.
+            core_type: 'AiCore': vector cores alone are not simulated.
+            aicore_num: what ``get_soc_spec("CORE_NUM")`` answers, at most the chip's cores; None = all of them.
+            l1_fusion: CANN's, a hint to its graph compiler, which changes nothing here.
+
+        Raises:
+            ValueError: a chip, kind of core or number that is not simulated.
+        """
+        if core_type != "AiCore":
+            raise invalid_value("set_current_compile_soc_info", "core_type", "'AiCore'", repr(core_type))
+        chip = chip_of(soc_version)
+        cores = chip.cores if aicore_num is None else int(aicore_num)
+        if not 1 <= cores <= chip.cores:
+            need = "in 1..{}".format(chip.cores)
+            raise invalid_value("set_current_compile_soc_info", "aicore_num", need, aicore_num)
+        self.chip, self.soc = replace(chip, cores=cores), soc_version
 
     def soc_spec(self, key):
         """A figure of the chip by one of the keys of chips.SPEC_KEYS.
@@ -48,9 +75,10 @@ class Toolkit:
 
     def api_check_support(self, name, dtype=""):
         """True when ``"tik.<name>"`` runs on the chip, for ``dtype`` as destination where one is given."""
-        row = INSTRUCTIONS.get(name.split(".", 1)[-1])
-        if row is None:
-            return name.split(".", 1)[-1] in dir(facade.Tik) and not dtype
+        call = name.split(".", 1)[-1]
+        row = INSTRUCTIONS.get(call)
+        if row is None or call in INTERNAL:
+            return call in _CALLS and not dtype
         rows = row.dtypes[self.chip.name]
         return not dtype or not rows or any(kinds[0] == dtype for kinds in rows)
 
@@ -59,6 +87,7 @@ class Toolkit:
         return self.api_check_support(name.replace("Intrinsic_", "tik.", 1), dtype)
 
     def _tik_module(self):
+        """The module that ``from tbe import tik`` gives."""
         module = types.ModuleType("tbe.tik", "TIK, executed by flash_attention's simulator.")
         module.Tik = functools.partial(facade.Tik, self)
         module.Dprofile = Dprofile
@@ -69,6 +98,7 @@ class Toolkit:
         return module
 
     def _platform_module(self):
+        """tbe.common.platform and its older names."""
         module = types.ModuleType("tbe.common.platform", "The target chip, as flash_attention's simulator knows it.")
         for name in ("set_current_compile_soc_info", "te_set_version"):
             setattr(module, name, self.set_soc)

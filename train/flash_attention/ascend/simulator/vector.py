@@ -42,7 +42,7 @@ def elementwise(call, mask, operands, repeat_times, kernel, slow=False, accumula
     if repeats == 0:
         return NOTHING
     touched = max(first + count for first, count in runs)
-    sequential = check_overlap(call, operands[0], operands[1:], touched, repeats, accumulates)
+    sequential = check_overlap(call, operands[0], operands[1:], touched, repeats, accumulates, updates)
     parts = accesses(call, operands, runs, repeats, sequential)
     return Plan(
         parts if updates else parts[1:], parts[:1], kernel, vector_cost(call, lanes, repeats, slow), undefined=undefined

@@ -87,6 +87,12 @@ def low_level(op, dst, src0, src1, repeats, blocks=(1, 1, 1), mask=LANES):
         op(mask, dst.at(first), src0.at(first), src1.at(first), count, *blocks, dst.step, src0.step, src1.step)
 
 
+def sum_rows(api, dst, src, rows):
+    """Sums of rows of 16 fp32 lanes, one value a row: one cycle a row. ``dst`` and ``src``: :class:`Place`."""
+    for first, count in _calls(rows):
+        api.vcadd(16, dst.at(first), src.at(16 * first), count, 1, 1, 2)
+
+
 def scale_and_add(api, tile, addend, repeats, factor=None):
     """``tile = factor * tile + addend`` in fp32, one cycle a repeat; ``factor``: None, or Lanes of the factor."""
     if factor is None:

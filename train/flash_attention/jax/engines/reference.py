@@ -39,4 +39,4 @@ def supports(spec):
     del spec
 
 
-ENGINE = Engine("reference", run, supports, order=None, note="plain formula, the judge; never chosen by itself")
+ENGINE = Engine("reference", run, supports, note="plain formula, the judge; never chosen by itself")

@@ -4,17 +4,24 @@ front end -> **run** -> flatten to rows -> xla_forward / xla_backward -> xla_til
 loops: the shapes, the custom derivative, and the rule for ``vmap``.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
-from flash_attention.core import dropout
 from flash_attention.core.engine import Engine
 from flash_attention.core.errors import Reason
 from flash_attention.core.spec import Operands
 from flash_attention.jax.engines import cpu
 from flash_attention.jax.engines import xla_tiles as tiles
+from flash_attention.jax.engines.shared import (
+    differentiable,
+    dropout_origin,
+    dropout_rows,
+    padding_cleared,
+    per_example,
+    row_statistics,
+    sink_gradient,
+    slope_gradient,
+    swapped,
+)
 from flash_attention.jax.engines.xla_backward import backward
 from flash_attention.jax.engines.xla_forward import forward
 
@@ -39,48 +46,6 @@ def run(spec, query, key, value, operands=Operands(), intervals=None):
     return _attention(spec, query, key, value, operands, intervals)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, query, key, value, operands, intervals):
-    return forward_pass(spec, query, key, value, operands, intervals)
-
-
-def _attention_fwd(spec, query, key, value, operands, intervals):
-    out, lse = forward_pass(spec, query, key, value, operands, intervals)
-    return (out, lse), ((query, key, value, operands, out, lse), intervals)
-
-
-def _attention_bwd(spec, saved, cotangents):
-    saved, intervals = saved
-    query, key, value = saved[:3]
-    d_query, d_key, d_value, d_bias, d_slopes, d_sinks = backward_pass(spec, saved, cotangents, intervals)
-    grads = (grad.astype(x.dtype) for grad, x in ((d_query, query), (d_key, key), (d_value, value)))
-    # None is a zero: masks, lengths and other integers have no gradient.
-    return (*grads, Operands(bias=d_bias, slopes=d_slopes, sinks=d_sinks), None)
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def _per_example(function):
-    """``function(spec, *arrays)`` compiled once a spec; ``vmap`` runs the examples one after the other.
-
-    On a CPU a mapped tile would become a batch of small dots, at half their speed, and a mapped loop bound would make
-    every example visit the tiles of all.
-    """
-
-    @functools.partial(jax.jit, static_argnums=0)
-    @functools.wraps(function)
-    def call(spec, *arrays):
-        return jax.custom_batching.sequential_vmap(functools.partial(function, spec))(*arrays)
-
-    return call
-
-
-def _swapped(spec, x):
-    """From ``spec.layout`` to heads before rows, or back."""
-    return jnp.swapaxes(x, 1, 2) if spec.layout == "BSND" else x
-
-
 def _heads(spec, geo, x, rows):
     """A tensor of heads as :class:`xla_tiles.Inputs` has it, ``rows`` of a head or of a stack of them.
 
@@ -89,35 +54,24 @@ def _heads(spec, geo, x, rows):
     """
     if spec.layout == "BSND" and rows == x.shape[1] and cpu.on_cpu() and not geo.at_once:
         return x
-    return _swapped(spec, x).reshape(-1, rows, spec.head_dim)
-
-
-def _padding_cleared(spec, x, lengths):
-    """``x``, rows of queries, with zeros from each length (B,) on: padding may hold NaN, and 0 * NaN is NaN."""
-    if lengths is None:
-        return x
-    inside = jnp.arange(spec.q_len) < jnp.asarray(lengths)[:, None]
-    return jnp.where(jnp.expand_dims(inside, (2, 3) if spec.layout == "BSND" else (1, 3)), x, jnp.zeros_like(x))
+    return swapped(spec, x).reshape(-1, rows, spec.head_dim)
 
 
 def _flatten(spec, geo, query, key, value, operands, intervals):
     """The call's tensors as :class:`xla_tiles.Inputs`."""
-    batch = query.shape[0]
     mask, row_keys, key_origin = operands.mask, None, None
     if mask is not None:
         mask = mask if mask.dtype == jnp.bool_ else mask > 0
         mask = tiles.repeat_compact(spec, geo, mask) if spec.compact_mask else mask
     if spec.dropout_rate:
-        first = jnp.asarray(spec.origin, jnp.int32) if operands.origin is None else operands.origin
-        key_origin = first[3]
-        indices = jnp.ogrid[:batch, : spec.heads, : spec.q_len]
-        row_keys = dropout.row_key(jnp, operands.dropout_seed, *(x + first[axis] for axis, x in enumerate(indices)))
+        key_origin = dropout_origin(spec, operands)[3]
+        row_keys = dropout_rows(spec, query.shape[0], operands)
 
     def per_batch(x):
         return None if x is None else jnp.asarray(x, jnp.int32)
 
     return tiles.Inputs(
-        query=_heads(spec, geo, _padding_cleared(spec, query, operands.q_lengths), geo.rows),
+        query=_heads(spec, geo, padding_cleared(spec, query, operands.q_lengths), geo.rows),
         key=_heads(spec, geo, key, spec.kv_len),
         value=_heads(spec, geo, value, spec.kv_len),
         offset=per_batch(operands.q_offset).reshape(-1) if spec.dynamic_offset else None,
@@ -138,7 +92,7 @@ def _geometry(spec, batch):
     return tiles.geometry(batch, spec.heads, spec.kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.tile)
 
 
-@_per_example
+@per_example
 def forward_pass(spec, query, key, value, operands, intervals=None):
     geo = _geometry(spec, query.shape[0])
     inputs = _flatten(spec, geo, query, key, value, operands, intervals)
@@ -147,42 +101,37 @@ def forward_pass(spec, query, key, value, operands, intervals=None):
         sinks = operands.sinks.astype(jnp.float32).reshape(1, -1, 1)
         sinks = jnp.broadcast_to(sinks, rows).reshape(-1, geo.rows)
     out, lse = forward(spec, geo, inputs, sinks)
-    return _swapped(spec, out.reshape(*rows, spec.head_dim)), lse.reshape(rows)
+    return swapped(spec, out.reshape(*rows, spec.head_dim)), lse.reshape(rows)
 
 
-@_per_example
+@per_example
 def backward_pass(spec, saved, cotangents, intervals=None):
     query, key, value, operands, out, lse = saved
     d_out, d_lse = cotangents
-    d_out = _padding_cleared(spec, d_out, operands.q_lengths)
+    d_out = padding_cleared(spec, d_out, operands.q_lengths)
     geo = _geometry(spec, query.shape[0])
     inputs = _flatten(spec, geo, query, key, value, operands, intervals)
-    dead = lse == -jnp.inf
-    delta = _swapped(spec, (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1))
-    delta = delta - jnp.where(dead, 0.0, d_lse)
+    lse, delta = row_statistics(spec, out, lse, d_out, d_lse)
     flat = (-1, geo.rows)
     d_query, d_key, d_value, d_slopes, d_bias = backward(
         spec,
         geo,
         inputs,
         _heads(spec, geo, d_out, geo.rows),
-        jnp.where(dead, jnp.inf, lse).reshape(flat),
+        lse.reshape(flat),
         delta.reshape(flat),
     )
     if d_slopes is not None:
-        d_slopes = d_slopes.reshape(lse.shape).sum(-1)
-        d_slopes = d_slopes if operands.slopes.ndim == 2 else d_slopes.sum(0)
-        d_slopes = d_slopes.astype(operands.slopes.dtype)
-    d_sinks = None
-    if spec.sinks:
-        # The sink's share of the softmax acts like one more key whose value is 0.
-        share = jnp.where(dead, 0.0, jnp.exp(operands.sinks.astype(jnp.float32)[None, :, None] - lse))
-        d_sinks = -(share * delta).sum((0, 2)).astype(operands.sinks.dtype)
+        d_slopes = slope_gradient(operands.slopes, d_slopes.reshape(lse.shape))
+    d_sinks = sink_gradient(operands.sinks, lse, delta) if spec.sinks else None
     d_bias = None if d_bias is None else d_bias.astype(operands.bias.dtype)
     batch, dim = query.shape[0], spec.head_dim
-    d_query = _swapped(spec, d_query.reshape(batch, spec.heads, spec.q_len, dim))
-    d_key, d_value = (_swapped(spec, d.reshape(batch, spec.kv_heads, spec.kv_len, dim)) for d in (d_key, d_value))
+    d_query = swapped(spec, d_query.reshape(batch, spec.heads, spec.q_len, dim))
+    d_key, d_value = (swapped(spec, d.reshape(batch, spec.kv_heads, spec.kv_len, dim)) for d in (d_key, d_value))
     return d_query, d_key, d_value, d_bias, d_slopes, d_sinks
+
+
+_attention = differentiable(forward_pass, backward_pass)
 
 
 def supports(spec):
@@ -197,7 +146,6 @@ ENGINE = Engine(
     "xla",
     run,
     supports,
-    order=0,
     note="blockwise; measured on CPU, same code on GPU and TPU",
     layouts=("BNSD", "BSND"),
 )

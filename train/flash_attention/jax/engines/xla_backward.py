@@ -105,7 +105,7 @@ def _query_tile(spec, geo, saved, outer, n, grads, dtype):
         v = tiles.clean(tiles.cut_head(inputs.value, where.kv, start, width).astype(dtype), extras)
         k_t = lax.dynamic_slice(saved.key_t, (0, start), (spec.head_dim, width))
         k_t = tiles.clean(k_t, extras, flip=True)
-        p, d_s, d_raw = _score_grads(spec, q, k, v, d_o, lse, delta, extras, rows.key)
+        p, d_s, d_raw = score_grads(spec, q, k, v, d_o, lse, delta, extras, rows.key, flip=True)
         if d_bias is not None:
             d_bias = _add_bias(geo, d_bias, where, rows, start, d_s)
         if d_slope is not None:
@@ -132,17 +132,20 @@ def _add(x, part, *corner):
     return lax.dynamic_update_slice(x, lax.dynamic_slice(x, corner, part.shape) + part, corner)
 
 
-def _score_grads(spec, q, k, v, d_o, lse, delta, extras, row_key):
-    """Probabilities that multiplied V, gradients of the scores behind and before the soft cap; all (C, R)."""
-    s, squashed = tiles.scores(spec, q, k, extras, flip=True)
-    p = jnp.exp(s - lse[None, :])
-    d_p = tiles.nt(v, d_o)
+def score_grads(spec, q, k, v, d_o, lse, delta, extras, row_key, flip):
+    """Probabilities that multiplied V, gradients of the scores behind and before the soft cap; (R, C), (C, R) if flip.
+
+    ``lse`` is +inf for rows that see no key.
+    """
+    s, squashed = tiles.scores(spec, q, k, extras, flip)
+    p = jnp.exp(s - tiles.row(lse, flip))
+    d_p = tiles.nt(v, d_o) if flip else tiles.nt(d_o, v)
     applied = p
     if spec.dropout_rate:
-        keep = tiles.kept(spec, row_key, extras, True)
+        keep = tiles.kept(spec, row_key, extras, flip)
         grow = 1.0 / (1.0 - spec.dropout_rate)
         applied, d_p = jnp.where(keep, p * grow, 0.0), jnp.where(keep, d_p * grow, 0.0)
-    d_s = p * (d_p - delta[None, :])
+    d_s = p * (d_p - tiles.row(delta, flip))
     raw = d_s if squashed is None else d_s * (1.0 - squashed * squashed)
     return applied, d_s, raw
 

@@ -34,9 +34,12 @@ def forward(spec, geo, inputs, sinks):
             v = tiles.cut_head(inputs.value, where.kv, start, width).astype(dtype)
             return accumulate(spec, carry, q, k, tiles.clean(v, extras), extras, rows.key)
 
-        state = tiles.sweep(geo, limits, visit, start_of(spec, geo), inputs, WIDTHS)
+        state = tiles.sweep(geo, limits, visit, start_of(spec, geo.q_tile, spec.head_dim), inputs, WIDTHS)
         sink = None if sinks is None else tiles.cut(sinks, outer, rows.start, geo.q_tile)
-        out, lse = finish(spec, inputs, where, rows, state, sink)
+        absent = None
+        if inputs.q_lengths is not None:
+            absent = rows.index >= tiles.at(inputs.q_lengths, where.batch)
+        out, lse = finish(spec, state, sink, absent)
         return rows.start, out, lse
 
     def head(outer, carry, inputs):
@@ -57,13 +60,13 @@ def forward(spec, geo, inputs, sinks):
     return tiles.over_heads(geo, head, tiles.count_heads(inputs.query), inputs)[1]
 
 
-def start_of(spec, geo):
-    """(unnormalised output, running maximum, running sum) before any key."""
+def start_of(spec, rows, dim):
+    """(unnormalised output (rows, dim), running maximum (rows,), running sum (rows,)) before any key."""
     peak = 0.0 if bounded(spec) else tiles.LOWEST
     return (
-        jnp.zeros((geo.q_tile, spec.head_dim), jnp.float32),
-        jnp.full((geo.q_tile,), peak, jnp.float32),
-        jnp.zeros((geo.q_tile,), jnp.float32),
+        jnp.zeros((rows, dim), jnp.float32),
+        jnp.full((rows,), peak, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
     )
 
 
@@ -91,12 +94,12 @@ def accumulate(spec, state, q, k, v, extras, row_key):
     return out + tiles.nn(p.astype(v.dtype), v), peak, total
 
 
-def finish(spec, inputs, where, rows, state, sink):
-    """Normalise: ``(out (R, D), lse (R,))`` float32; rows without a visible key give 0 and -inf."""
+def finish(spec, state, sink=None, absent=None):
+    """Normalise: ``(out (R, D), lse (R,))`` float32; ``absent`` rows and rows that see no key give 0 and -inf."""
     out, peak, total = state
     dead = total == 0.0
-    if inputs.q_lengths is not None:
-        dead = dead | (rows.index >= tiles.at(inputs.q_lengths, where.batch))
+    if absent is not None:
+        dead = dead | absent
     lse = peak + jnp.log(jnp.where(dead, 1.0, total))
     factor = 1.0 / jnp.where(dead, 1.0, total)
     if sink is not None:

@@ -187,28 +187,40 @@ def rows_of(spec, geo, inputs, where, tile):
 def bounds(spec, geo, inputs, where, rows):
     """Visited key tiles of a query tile and the run of them that needs no edge handling: (first, stop, inner, end).
 
-    From ``core.ranges``; lengths and the ragged last tile only shorten them. All four are Python ints when every tile
-    is visited. With a mask tensor or segment ids the inner tiles carry that predicate, and the band's too.
+    All four are Python ints when every tile is visited.
     """
     if rows.interval is not None:
         return _interval_bounds(geo, *rows.interval)
-    band = spec.band
     if geo.stack > 1:  # the stacked heads hold the same queries
         low, high = where.offset, where.offset + spec.q_len - 1
     else:
         low, high = rows.start + where.offset, rows.start + where.offset + geo.q_tile - 1
+    length = None if inputs.kv_lengths is None else at(inputs.kv_lengths, where.batch)
+    return visited(spec, low, high, geo.kv_tile, length)
+
+
+def visited(spec, low, high, kv_tile, length=None):
+    """Key tiles that queries at positions ``low .. high`` visit: (first, stop, inner, end), as :func:`bounds` says.
+
+    From ``core.ranges``; lengths and the ragged last tile only shorten them. With a mask tensor or segment ids the
+    inner tiles carry that predicate, and the band's too.
+
+    Args:
+        low, high: integers or arrays of them.
+        length: how many keys exist where that is data, broadcastable to them.
+    """
+    band = spec.band
     if band.is_dense:
         low = high = 0
-    first, stop, inner, end = key_tiles(band, low, high, geo.kv_tile)
+    first, stop, inner, end = key_tiles(band, low, high, kv_tile)
     if spec.compact_mask:  # blocks strictly before the query's own are free of the mask
-        _, _, inner, end = key_tiles(earlier_blocks(band), low, high, geo.kv_tile)
+        _, _, inner, end = key_tiles(earlier_blocks(band), low, high, kv_tile)
     if masked_inside(spec):
         inner, end = first, stop
-    whole = geo.whole
-    if inputs.kv_lengths is not None:
-        length = at(inputs.kv_lengths, where.batch)
-        stop = jnp.maximum(first, jnp.minimum(stop, -(-length // geo.kv_tile)))
-        whole = jnp.minimum(whole, length // geo.kv_tile)
+    whole = spec.kv_len // kv_tile
+    if length is not None:
+        stop = jnp.maximum(first, jnp.minimum(stop, -(-length // kv_tile)))
+        whole = jnp.minimum(whole, length // kv_tile)
     if isinstance(stop, int) and isinstance(whole, int):
         return first, stop, inner, min(end, whole)
     end = jnp.clip(jnp.minimum(end, whole), first, stop)
@@ -325,6 +337,7 @@ class Extras(NamedTuple):
     mask: jax.Array = None  # bool (R|1, C|1)
     bias: jax.Array = None  # (R|1, C|1)
     index: jax.Array = None  # column as dropout counts it
+    base: jax.Array = None  # scalar: a position to measure distances from
 
 
 def _window(spec, geo, x, where, rows, start, width):
@@ -361,7 +374,7 @@ def extras_of(spec, geo, inputs, where, rows, tile, width, edge):
     if spec.bias_shape is not None:
         bias = _window(spec, geo, inputs.bias, where, rows, start, width)
     index = column if inputs.key_origin is None else column + inputs.key_origin
-    return start, Extras(column, rows.position, low, high, rows.slope, same, mask, bias, index)
+    return start, Extras(column, rows.position, low, high, rows.slope, same, mask, bias, index, rows.position[0])
 
 
 def repeat_compact(spec, geo, mask):
@@ -385,8 +398,7 @@ def _compact_window(spec, geo, mask, where, rows, start, width):
 
 def distance(x, flip):
     """|p - j| of a tile in float32. Relative to the first row, so exact wherever it is below 2**24."""
-    base = x.position[0]
-    p, j = (x.position - base).astype(jnp.float32), (x.column - base).astype(jnp.float32)
+    p, j = (x.position - x.base).astype(jnp.float32), (x.column - x.base).astype(jnp.float32)
     return jnp.abs(row(p, flip) - col(j, flip))
 
 
@@ -402,14 +414,20 @@ def col(x, flip):
 
 def nt(a, b):
     """(M, K), (N, K) -> (M, N), float32 or wider."""
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+    return _dot(a, b, 1)
 
 
 def nn(a, b):
     """(M, K), (K, N) -> (M, N), float32 or wider."""
+    return _dot(a, b, 0)
+
+
+def _dot(a, b, axis):
+    """Contract the last axis of ``a`` with ``axis`` of ``b``. GPUs and TPUs would round float32 operands: not here."""
     wide = jnp.promote_types(a.dtype, jnp.float32)
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+    precision = None if a.dtype.itemsize == 2 else lax.Precision.HIGHEST
+    dimensions = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=wide)
 
 
 def folds_scale(spec, dtype):

@@ -23,6 +23,7 @@ from flash_attention.core.errors import invalid_value
 from flash_attention.core.ranges import Band, visible
 from flash_attention.core.registry import ARGUMENTS, Registry, is_default, not_taken
 from flash_attention.core.validation import check_bool
+from flash_attention.jax.engines.platforms import backend
 from flash_attention.jax.flexible.output import AttentionOutput
 from flash_attention.jax.flexible.partition import check_mode, create_stable_sharding
 
@@ -86,10 +87,7 @@ class AttentionImpl:
         """'cpu', 'cuda', 'rocm', 'tpu' or what ``metadata.backend`` forces."""
         if self.metadata.backend is not None:
             return self.metadata.backend
-        backend = jax.default_backend()
-        if backend == "gpu":
-            return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
-        return backend
+        return backend()
 
     def forward_method(self):
         """The most specific ``forward_*`` that the class defines for the current backend."""
@@ -193,7 +191,6 @@ class AttentionRegistry(Registry):
     _classes = {}
     _aliases = {}
     absent = {
-        "splash": "Splash attention is not part of this version; 'flash_attn2' runs on TPU through XLA.",
         "pallas_flash": "'flash_attn2' is the same attention.",
         "cudnn_flash_attn": "It is called 'cudnn' here.",
     }
@@ -208,17 +205,23 @@ class AttentionRegistry(Registry):
             exact: see :class:`AttentionImpl`.
         """
 
-        @functools.wraps(function)  # the signature says what it takes
-        def forward(query, key, value, **arguments):
-            return output_of(function(query, key, value, **arguments))
-
-        body = {"names": names, "exact": exact, "forward_native": staticmethod(forward), "__doc__": function.__doc__}
-        return cls.register(type(function.__name__, (AttentionImpl,), body))
+        return cls.register(impl_of(names, function, exact))
 
     @classmethod
     def create(cls, name, metadata):
         """An instance of the mechanism."""
         return cls.get(name)(metadata)
+
+
+def impl_of(names, function, exact=False):
+    """The :class:`AttentionImpl` subclass, not registered, of a function: see ``register_function``."""
+
+    @functools.wraps(function)  # the signature says what it takes
+    def forward(query, key, value, **arguments):
+        return output_of(function(query, key, value, **arguments))
+
+    body = {"names": names, "exact": exact, "forward_native": staticmethod(forward), "__doc__": function.__doc__}
+    return type(getattr(function, "__name__", "Mechanism"), (AttentionImpl,), body)
 
 
 def output_of(array):

@@ -1,5 +1,5 @@
-"""What the backward kernel takes beside the forward kernel's arguments, and gradients from its sums, by MindSpore
-operators: what ``ascend/backward_arguments.py`` does in numpy, in fp32 instead of fp64.
+"""What the backward kernel and the one in front of it take beside the forward kernel's arguments, and gradients from
+sums, by MindSpore operators: what ``ascend/backward_arguments.py`` does in numpy, in fp32 instead of fp64.
 """
 
 import math
@@ -9,37 +9,16 @@ from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 from mindspore.ops import operations as P
 
-from flash_attention.ascend.backward_arguments import (
-    COARSE,
-    LARGEST,
-    MOST_EXPONENT,
-    ROOM,
-    pack_query_columns,
-    probability_exponent,
-    result_factors,
-)
+from flash_attention.ascend.backward_arguments import MOST_EXPONENT, ROOM, probability_exponent, result_factors
 from flash_attention.ascend.backward_operands import KEY_SUMS, KEY_UNIT
-from flash_attention.ascend.geometry import FRACTAL
+from flash_attention.ascend.preprocess_arguments import row_statistics
 
 _LOWEST = float(np.finfo(np.float32).min)
-_cast, _concat, _select = P.Cast(), P.Concat(-1), P.Select()
+_cast, _select = P.Cast(), P.Select()
 _sum, _kept_sum = P.ReduceSum(), P.ReduceSum(keep_dims=True)
 _less, _maximum, _minimum, _reshape = P.Less(), P.Maximum(), P.Minimum(), P.Reshape()
 _zeros_like, _transpose, _slice = P.ZerosLike(), P.Transpose(), P.Slice()
 _highest, _lowest, _log, _ceil, _power = P.ReduceMax(), P.ReduceMin(), P.Log(), P.Ceil(), P.Pow()
-
-
-def _half(x):
-    """Rounded to fp16, saturating; fp32."""
-    return _cast(_cast(_minimum(_maximum(x, -LARGEST), LARGEST), mstype.float16), mstype.float32)
-
-
-def _parts(x):
-    """(.., 1) fp32 -> (.., 3): fp16 values whose sum with weights (COARSE, 1, 1) is x. Every difference is exact."""
-    coarse = _half(x / COARSE)
-    rest = x - COARSE * coarse
-    middle = _half(rest)
-    return _concat((coarse, middle, _half(rest - middle)))
 
 
 def _magnitude(x):
@@ -67,38 +46,29 @@ class Scaled(nn.Cell):
         return d_out * _cast(1.0 / power, d_out.dtype), d_lse / power, power, self.factors * power
 
 
-class QueryColumns(nn.Cell):
-    """(out, lse, d_out, d_lse) -> ``query_columns`` (B, N, 2, queries, 16), and ``minus_delta`` (B, N, queries).
+class Statistics(nn.Cell):
+    """(lse, d_lse) -> fp32 (B, N, 2, queries of whole tiles): see ``preprocess_arguments.row_statistics``.
 
-    The cotangents are those of :class:`Scaled`: d_lse is fp32, and 0 where no key is seen.
+    d_lse is that of :class:`Scaled`: fp32, and 0 where no key is seen.
     """
 
     def __init__(self, geometry):
         super().__init__(auto_prefix=False)
         spec = geometry.spec
-        queries = geometry.q_tiles * geometry.tiles.q
         nothing = np.zeros((spec.batch, spec.heads, spec.q_len), np.float32)
-        # All that is no statistic: the marks of queries that exist, and those of queries that do not.
-        self.marks = Tensor(pack_query_columns(geometry, (nothing, nothing))[None, :1])
+        missing = row_statistics(geometry, nothing, nothing)[:1, :1]
+        missing[..., : spec.q_len] = 0.0
+        self.missing = Tensor(missing)
         self.shift = probability_exponent(geometry) * math.log(2.0)
         self.scale, self.kept = spec.scale, 1.0 - spec.dropout_rate
-        self.column = geometry.batch_heads + (1, spec.q_len, 1)
-        self.pad = P.Pad(((0, 0), (0, 0), (0, 0), (0, queries - spec.q_len), (0, FRACTAL - 3)))
-        self.pad_row = P.Pad(((0, 0), (0, 0), (0, queries - spec.q_len)))
+        self.row = geometry.batch_heads + (1, spec.q_len)
+        self.pad = P.Pad(((0, 0), (0, 0), (0, 0), (0, missing.shape[-1] - spec.q_len)))
         self.join = P.Concat(2)
 
-    def construct(self, out, lse, d_out, d_lse):
-        dead = _less(lse, _LOWEST)
-        zeros = _zeros_like(lse)
-        products = _cast(d_out, mstype.float32) * _cast(out, mstype.float32)
-        delta = (_sum(products, -1) - d_lse) * self.kept
-        shifted = _select(dead, zeros, lse - self.shift) / self.scale
-        columns = ()
-        for statistic in (shifted, delta):
-            part = _cast(_parts(_reshape(-statistic, self.column)), mstype.float16)
-            columns = columns + (self.pad(part),)
-        minus_delta = self.pad_row(_cast(_half(-delta), mstype.float16))
-        return self.join(columns) + self.marks, minus_delta
+    def construct(self, lse, d_lse):
+        shifted = _select(_less(lse, _LOWEST), _zeros_like(lse), self.shift - lse) / self.scale
+        rows = self.join((_reshape(shifted, self.row), _reshape(d_lse * self.kept, self.row)))
+        return self.pad(rows) + self.missing
 
 
 class BiasGradient(nn.Cell):

@@ -1,4 +1,4 @@
-"""One spec's forward and backward Cell around the two kernels, and ``RUN``, what engine 'tik' registers."""
+"""One spec's forward and backward Cell around the kernels, and ``RUN``, what engine 'tik' registers."""
 
 from dataclasses import replace
 
@@ -7,11 +7,11 @@ from mindspore import nn
 from mindspore.ops import operations as P
 
 from flash_attention.ascend.backward_arguments import KEPT
-from flash_attention.ascend.entry.request import BACKWARD, FORWARD, KernelRequest
+from flash_attention.ascend.entry.request import BACKWARD, FORWARD, PREPROCESS, KernelRequest
 from flash_attention.ascend.geometry import Geometry
 from flash_attention.core.sharding import share
 from flash_attention.ops.autograd import AttentionCell, DifferentiableEngine
-from flash_attention.ops.tik.backward_operands import BiasGradient, QueryColumns, Scaled, SlopeGradient
+from flash_attention.ops.tik.backward_operands import BiasGradient, Scaled, SlopeGradient, Statistics
 from flash_attention.ops.tik.custom import custom_operator
 from flash_attention.ops.tik.operands import TileOperands, constant_tensors
 from flash_attention.ops.tik.sharding import split
@@ -64,10 +64,13 @@ class Backward(nn.Cell):
         part, whole = requests(BACKWARD, spec, shards)
         geometry = whole.geometry
         self.kernel = operator(part, whole)
-        self.operands, self.scaled, self.columns = (
+        before = [replace(request, kind=PREPROCESS) for request in (part, whole)]
+        self.preprocess = operator(*before)
+        self.shares = constant_tensors(before[0].constants())
+        self.operands, self.scaled, self.statistics = (
             TileOperands(geometry, KEPT),
             Scaled(geometry),
-            QueryColumns(geometry),
+            Statistics(geometry),
         )
         constants = constant_tensors(part.constants())
         self.key_columns, self.constants = constants[:1], constants[1:]
@@ -83,7 +86,7 @@ class Backward(nn.Cell):
         out, lse, d_out, d_lse,
     ):  # fmt: skip
         d_out, d_lse, power, factors = self.scaled(value, lse, d_out, d_lse)
-        columns, minus_delta = self.columns(out, lse, d_out, d_lse)
+        columns, minus_delta = self.preprocess(*((out, d_out, self.statistics(lse, d_lse)) + self.shares))
         inputs = (query, key, value, d_out, columns) + self.key_columns + (factors,)
         inputs = inputs + self.operands(query, bias, mask, slopes, seed)
         if self.has_dropout:

@@ -10,19 +10,23 @@ import numpy as np
 from flash_attention.jax import ENGINES, flash_attention
 from flash_attention.tools.bench.cases import LAYERS, SEED
 from flash_attention.tools.bench.mechanisms_in_jax import MECHANISMS
+from flash_attention.tools.bench.peers_in_jax import PEERS
 
 CANDIDATES = ("auto", "jax.nn", "naive")
 
 
-def build(case, direction, candidate, arrays):
+def build(case, direction, candidate, arrays, ahead=False):
     """``(call, results)``: ``call()`` runs once to completion, ``results()`` gives numpy (out, d_query or None).
 
     Args:
-        candidate: 'auto' or an engine of ``flash_attention.jax.ENGINES``, 'jax.nn', 'naive', or a mechanism. For layers
-            (the judge does not know their weights) ``results()`` gives None.
+        candidate: 'auto' or an engine of ``flash_attention.jax.ENGINES``, 'jax.nn', 'naive', a library of ``PEERS``, or
+            a mechanism. For layers, whose weights the judge does not know, ``results()`` gives None.
+        ahead: compile here, not at the first call.
     """
     inputs = [jnp.asarray(_bsnd(arrays[name])).astype(case.dtype) for name in ("query", "key", "value", "d_out")]
     run = jax.jit(_function(case, direction, candidate))
+    if ahead:
+        run = run.lower(*inputs).compile()
     last = {}
 
     def call():
@@ -78,6 +82,8 @@ def _function(case, direction, candidate):
 def _attention(case, candidate):
     if candidate in MECHANISMS:
         return MECHANISMS[candidate](case)
+    if candidate in PEERS:
+        return PEERS[candidate](case)
     if candidate == "jax.nn":
         return _jax_nn(case)
     if candidate == "naive":

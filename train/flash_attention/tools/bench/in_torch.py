@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 CANDIDATES = ("torch",)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(case, direction, candidate, arrays):
@@ -13,13 +14,14 @@ def build(case, direction, candidate, arrays):
         raise ValueError("no such candidate: {}".format(candidate))
     if not case.plain() and not case.alibi:
         raise ValueError("scaled_dot_product_attention has no such option")
-    query, key, value, d_out = (torch.from_numpy(arrays[name]).to(dtype) for name in ("query", "key", "value", "d_out"))
+    tensors = (torch.from_numpy(arrays[name]) for name in ("query", "key", "value", "d_out"))
+    query, key, value, d_out = (x.to(DEVICE, dtype) for x in tensors)
     options = {"enable_gqa": True} if spec.group > 1 else {}
     simple = not (case.window or case.blocks or case.alibi) and (not case.causal or spec.offset == 0)
     if simple:
         options["is_causal"] = case.causal
     else:
-        options["attn_mask"] = _mask(case, dtype)
+        options["attn_mask"] = _mask(case, dtype).to(DEVICE)
     backward = direction == "fwd+bwd"
     inputs = [x.requires_grad_(backward) for x in (query, key, value)]
     last = {}
@@ -29,10 +31,12 @@ def build(case, direction, candidate, arrays):
         out = F.scaled_dot_product_attention(*inputs, **options)
         last["grads"] = torch.autograd.grad(out, inputs, d_out) if backward else None
         last["out"] = out.detach()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
     def results():
         grads = last["grads"]
-        return last["out"].float().numpy(), None if grads is None else grads[0].float().numpy()
+        return last["out"].float().cpu().numpy(), None if grads is None else grads[0].float().cpu().numpy()
 
     return call, results
 

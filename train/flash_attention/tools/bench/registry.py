@@ -9,6 +9,8 @@ from flash_attention.tools.machine import installed
 
 SUITES = (
     ("flash_attention", "flash_attention.tools.bench.suite_jax"),
+    ("flash_attention", "flash_attention.tools.bench.suite_peers"),
+    ("flash_attention", "flash_attention.tools.bench.suite_gpu"),
     ("flash_attention", "flash_attention.tools.bench.suite_mindspore"),
     ("flash_attention", "flash_attention.tools.bench.suite_mechanisms"),
     ("flash_attention", "flash_attention.tools.bench.suite_integration"),
@@ -16,7 +18,8 @@ SUITES = (
 )
 
 DIRECTIONS = ("fwd", "fwd+bwd")
-FRAMEWORKS = ("jax", "mindspore", "torch")  # whose entries are one attention call each
+FRAMEWORKS = ("jax", "mindspore", "torch", "tokamax", "ringattention", "ejkernel")
+"""What the entries of one attention call each are of, the libraries that compute by JAX included."""
 
 
 class Entry(NamedTuple):
@@ -66,6 +69,7 @@ class Benchmark(NamedTuple):
         frameworks: whose limits are measured with it.
         budget: seconds that the rounds of one job should take.
         library: the model library whose environment it needs; such benchmarks run by name or by --integration.
+        refusal: ``refusal() -> None``, or what this computer lacks for it, worded to follow "needs".
     """
 
     name: str
@@ -75,6 +79,7 @@ class Benchmark(NamedTuple):
     frameworks: Tuple[str, ...]
     budget: float = 8.0
     library: Optional[str] = None
+    refusal: Callable[[], Optional[str]] = lambda: None
 
     @property
     def sources(self):

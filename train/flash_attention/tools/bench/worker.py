@@ -18,6 +18,9 @@ MODULES = {
     "mindspore": "in_mindspore",
     "mindformers": "in_libraries",
     "mindone": "in_libraries",
+    "tokamax": "in_jax",
+    "ringattention": "in_jax",
+    "ejkernel": "in_jax",
 }
 
 
@@ -72,6 +75,18 @@ def best_seconds(call, budget=0.3):
     return min(times)
 
 
+class LazyArrays(dict):
+    """A case's arrays by name, drawn when the first one is asked for: not every candidate needs them."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.case = case
+
+    def __missing__(self, name):
+        self.update(self.case.arrays())
+        return dict.__getitem__(self, name)
+
+
 class Desk:
     """The candidates at hand, by key, and the commands."""
 
@@ -79,10 +94,19 @@ class Desk:
         self.module = importlib.import_module("flash_attention.tools.bench." + MODULES[framework])
         self.entries = {}
 
+    def module_of(self, candidate):
+        """The framework's module, or that of a candidate 'MODULE:NAME' of another package."""
+        module = candidate.rpartition(":")[0]
+        return importlib.import_module(module) if module else self.module
+
+    def build(self, case, direction, candidate, arrays, **options):
+        """``(call, results)`` of a candidate."""
+        return self.module_of(candidate).build(case, direction, candidate.rpartition(":")[2], arrays, **options)
+
     def prepare(self, key, case, direction, candidate):
         """Build a candidate and call it twice: the first call compiles."""
-        arrays = case.arrays()
-        call, results = self.module.build(case, direction, candidate, arrays)
+        arrays = LazyArrays(case)
+        call, results = self.build(case, direction, candidate, arrays)
         first, second = _timed(call), _timed(call)
         self.entries[key] = call, results, case, arrays, candidate.partition("/")[0]
         return {"first_s": first, "second_s": second}
@@ -116,15 +140,13 @@ class Desk:
         The extra is the peak of a second call beyond what was resident before the first: results count, compilers do
         not, but what a framework keeps in its pool does. The peak is of everything, compilers too.
 
-        The memory of a compiler that runs at the first call would be counted, so the same program is compiled once
-        before, where that can be done without running it (JAX).
+        Where a program can be compiled without running it (JAX), that is done before the first measurement.
         """
         for length in (192, 256):  # two: MindSpore's second graph grows the process once more (by about 100 MB)
             small = case.shrunk(length)
-            self.module.build(small, direction, candidate, small.arrays())[0]()
-        if hasattr(self.module, "compile_only"):
-            self.module.compile_only(case, direction, candidate)
-        call, _ = self.module.build(case, direction, candidate, case.arrays())
+            self.build(small, direction, candidate, LazyArrays(small))[0]()
+        ahead = {"ahead": True} if hasattr(self.module_of(candidate), "compile_only") else {}
+        call, _ = self.build(case, direction, candidate, LazyArrays(case), **ahead)
         _trim()
         before = resident_bytes()
         if before is None:

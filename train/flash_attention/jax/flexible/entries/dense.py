@@ -1,4 +1,4 @@
-"""Dense mechanisms: 'vanilla' and 'sharded_vanilla', which form the weights; 'sdpa' and 'cudnn', which do not."""
+"""Dense mechanisms: 'vanilla' and 'sharded_vanilla', which form the weights, and 'sdpa', which does not."""
 
 import functools
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from flash_attention.core import reference
-from flash_attention.core.errors import Reason
 from flash_attention.jax.engines.reference import NAMESPACE
 from flash_attention.jax.flexible.output import AttentionOutput
 from flash_attention.jax.flexible.partition import TRAIN
@@ -66,39 +65,3 @@ class Sdpa(AttentionImpl):
 
     def forward_native(self, query, key, value, **arguments):
         return output_of(flash_attention(query, key, value, **arguments))
-
-
-@AttentionRegistry.register
-class Cudnn(AttentionImpl):
-    """cuDNN's kernel through jax.nn, on NVIDIA GPUs, for the calls that it computes as this package defines them.
-
-    Not run on a device here. Masks are refused because a row that sees no key would become the mean of the values.
-    """
-
-    names = "cudnn"
-
-    def forward_native(self, query, key, value, *, is_causal=False, scale=None, local_window_size=None):
-        out = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=is_causal,
-            scale=scale,
-            local_window_size=local_window_size,
-            implementation="cudnn",
-        )
-        return output_of(out)
-
-    def supports(self, query, key, value, arguments):
-        backend, remedy = self.current_backend(), "Use 'flash_attn2'."
-        if backend not in ("cuda", "gpu"):
-            return Reason("backend", backend, "an NVIDIA GPU", remedy)
-        dtype = jnp.dtype(self.metadata.runtime_dtype or query.dtype).name
-        if dtype not in ("float16", "bfloat16"):
-            return Reason("dtype", dtype, "float16 or bfloat16", remedy)
-        if query.shape[-1] % 8 or query.shape[-1] > 128:
-            return Reason("head_dim", query.shape[-1], "a multiple of 8 up to 128", remedy)
-        if "is_causal" in arguments and query.shape[1] != key.shape[1]:
-            lengths = "{} and {}".format(query.shape[1], key.shape[1])
-            return Reason("sequence length", lengths, "equal for queries and keys when causal", remedy)
-        return None

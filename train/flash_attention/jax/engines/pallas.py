@@ -1,0 +1,87 @@
+"""The `pallas` engine: FlashAttention-2 as our own kernels for GPUs, in Pallas, which compiles them through Triton.
+
+front end -> **run** -> pallas_forward / pallas_backward -> pallas_tiles -> the tile's scores, from xla_tiles. On the
+CPU the same kernels are interpreted: slow, and the same results.
+"""
+
+from flash_attention.core.engine import Engine
+from flash_attention.core.errors import Reason
+from flash_attention.core.spec import Operands
+from flash_attention.jax.engines import xla
+from flash_attention.jax.engines.pallas_sizes import DIRECTIONS, MAX_HEAD_DIM, shared_bytes, shared_limit, tiles_of
+from flash_attention.jax.engines.platforms import backend, compiled_or_interpreted
+from flash_attention.jax.engines.shared import (
+    differentiable,
+    padding_cleared,
+    per_example,
+    row_statistics,
+    sink_gradient,
+    slope_gradient,
+)
+
+PLATFORMS = ("cuda", "rocm")
+_DTYPES = ("float16", "bfloat16", "float32")
+_MOST_PROGRAMS = 65535  # along the second and third axis of a grid of CUDA
+
+
+def run(spec, query, key, value, operands=Operands()):
+    """FlashAttention-2 in kernels that visit planned tiles only; arguments and results as :func:`xla.run`.
+
+    The gradient of a bias, where it is used, is computed by `xla`.
+    """
+    return _attention(spec, query, key, value, operands)
+
+
+@per_example
+def forward_pass(spec, query, key, value, operands):
+    from flash_attention.jax.engines.pallas_forward import forward
+
+    out, lse = compiled_or_interpreted(PLATFORMS, *forward(spec, query, key, value, operands))
+    return out, lse
+
+
+@per_example
+def backward_pass(spec, saved, cotangents):
+    from flash_attention.jax.engines.pallas_backward import key_gradients, query_gradient
+
+    query, key, value, operands, out, lse = saved
+    d_out, d_lse = cotangents
+    d_out = padding_cleared(spec, d_out, operands.q_lengths)
+    lse, delta = row_statistics(spec, out, lse, d_out, d_lse)
+    inputs = spec, query, key, value, operands, d_out, lse, delta
+    d_query, *d_slopes = compiled_or_interpreted(PLATFORMS, *query_gradient(*inputs))
+    d_key, d_value = compiled_or_interpreted(PLATFORMS, *key_gradients(*inputs))
+    d_slopes = slope_gradient(operands.slopes, d_slopes[0]) if d_slopes else None
+    d_sinks = sink_gradient(operands.sinks, lse, delta) if spec.sinks else None
+    # A program of its own, which the compiler drops where the bias is a constant.
+    d_bias = None if spec.bias_shape is None else xla.backward_pass(spec, saved, cotangents)[3]
+    return d_query, d_key, d_value, d_bias, d_slopes, d_sinks
+
+
+_attention = differentiable(forward_pass, backward_pass)
+
+
+def supports(spec):
+    """GPUs (and, interpreted, CPUs); head sizes that a tile can hold; tiles that shared memory can hold."""
+    remedy = "Use implementation='xla'."
+    if spec.dtype not in _DTYPES:
+        return Reason("dtype", spec.dtype, "float16, bfloat16 or float32", remedy)
+    if spec.head_dim > MAX_HEAD_DIM:
+        return Reason("head_dim", spec.head_dim, "at most {}".format(MAX_HEAD_DIM), remedy)
+    if max(spec.batch, spec.heads) > _MOST_PROGRAMS:
+        return Reason("batch", spec.batch, "at most {}, as the heads".format(_MOST_PROGRAMS), remedy)
+    if backend() not in PLATFORMS + ("cpu",):
+        return Reason("backend", backend(), "a GPU, or a CPU that interprets it", remedy)
+    if max(shared_bytes(spec, tiles_of(spec, way), way) for way in DIRECTIONS) > shared_limit():
+        need = "a tile that fits {} bytes of shared memory".format(shared_limit())
+        return Reason("tile", spec.tile, need, "Ask for a smaller one, or none.")
+    return None
+
+
+ENGINE = Engine(
+    "pallas",
+    run,
+    supports,
+    note="our GPU kernels (Pallas, Triton); interpreted on the CPU and lowered for CUDA, not run on a GPU",
+    layouts=("BNSD", "BSND"),
+)

@@ -1,0 +1,93 @@
+"""Tile sizes of the `pallas` engine, and the shared memory that its kernels need. Plain integers, no Pallas.
+
+Triton works on blocks whose sides are powers of two, at least 16 where they meet in a product. Which tiles are fastest
+was not measured; those here are the largest of a usual list whose bound of shared memory fits the device.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+SHARED_LIMITS = {
+    "8.0": 163 * 1024,
+    "8.6": 99 * 1024,
+    "8.7": 163 * 1024,
+    "8.9": 99 * 1024,
+    "9.0": 227 * 1024,
+    "10.0": 227 * 1024,
+    "12.0": 99 * 1024,
+}
+"""Bytes of shared memory that one thread block may have, by compute capability (CUDA C++ Programming Guide)."""
+
+LEAST_SHARED = min(SHARED_LIMITS.values())
+MAX_HEAD_DIM = 256
+SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+class Tiles(NamedTuple):
+    """Rows (queries) and keys of a tile, padded head size, warps of a program, stages of the load pipeline."""
+
+    rows: int
+    keys: int
+    dim: int
+    warps: int
+    stages: int
+
+
+# (rows, keys, warps, stages), the most work first.
+_FORWARD = ((128, 128, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1))
+_BACKWARD = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1))
+_LEAST = (16, 16, 4, 1)
+DIRECTIONS = ("forward", "query", "key")
+
+
+def power_of_two(size, least=16):
+    """The smallest power of two that is >= ``size`` and >= ``least``."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def shared_bytes(spec, tiles, direction):
+    """Upper bound of the shared memory of one program, in bytes.
+
+    Triton keeps there what a product reads: the resident operands once, those that a loop streams once a stage, and the
+    operands that were computed (P, dS) on their way from registers; accumulators stay in registers, and pass through
+    shared memory only when they are stored.
+
+    Args:
+        spec: :class:`~flash_attention.core.spec.AttentionSpec`.
+        direction: 'forward', 'query' (dQ) or 'key' (dK and dV).
+    """
+    size = SIZE[spec.dtype]
+    by_rows, by_keys = tiles.rows * tiles.dim * size, tiles.keys * tiles.dim * size
+    resident = {"forward": by_rows, "query": 2 * by_rows, "key": 2 * by_keys}[direction]
+    streamed = 2 * by_rows if direction == "key" else 2 * by_keys
+    scores = tiles.rows * tiles.keys
+    streamed += scores * ((spec.mask_shape is not None) + 4 * (spec.bias_shape is not None))
+    # Statistics, bounds, segment ids and dropout keys: at most six 4-byte values a row and two a key.
+    streamed += 4 * (6 * tiles.rows + 2 * tiles.keys)
+    computed = scores * size * (1 if direction == "forward" else 2)
+    stored = 4 * tiles.dim * (2 * tiles.keys if direction == "key" else tiles.rows)
+    return max(resident + tiles.stages * streamed + computed, stored)
+
+
+def shared_limit():
+    """Bytes that a program may use on the GPU at hand; where there is none, on every GPU since compute capability 8."""
+    if jax.default_backend() != "gpu":
+        return LEAST_SHARED
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return SHARED_LIMITS.get(capability, LEAST_SHARED)
+
+
+def tiles_of(spec, direction):
+    """The :class:`Tiles` of a call: as ``spec.tile`` asks, else the largest that fit :func:`shared_limit`."""
+    dim = power_of_two(spec.head_dim)
+    if spec.tile is not None:
+        rows, keys = (max(16, 1 << (min(size, 128).bit_length() - 1)) for size in spec.tile)
+        return Tiles(rows, keys, dim, 4, 1)
+    most_rows, most_keys = power_of_two(spec.q_len), power_of_two(spec.kv_len)
+    for rows, keys, warps, stages in _FORWARD if direction == "forward" else _BACKWARD:
+        tiles = Tiles(min(rows, most_rows), min(keys, most_keys), dim, warps, stages)
+        if shared_bytes(spec, tiles, direction) <= shared_limit():
+            return tiles
+    rows, keys, warps, stages = _LEAST
+    return Tiles(rows, keys, dim, warps, stages)

@@ -1,0 +1,98 @@
+"""Positions inside a MindSpore stack: rotation of queries and keys, and the bias by distance that its layers share."""
+
+import functools
+import math
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.ops.primitive import constexpr
+
+from flash_attention.core.mechanisms import positions as tables
+from flash_attention.nn.layer.projection import Projection
+from flash_attention.nn.transformer.parts import learned
+
+
+def rotated(x, first, length, options, downscale):
+    """x (B, N, H, D) whose token 0 stands at ``first`` of ``length`` positions; options: (features, xPos's base)."""
+    dims = options[0]
+    if dims == 0:
+        return x
+    cos, sin = _rotation(first, x.shape[1], length, options, downscale, str(x.dtype).lower())
+    wide = x.astype(mstype.float32)
+    turned = tables.rotate(ops.stack, wide[..., :dims], cos, sin, False)
+    if dims < x.shape[3]:
+        turned = ops.concat((turned, wide[..., dims:]), 3)
+    return turned.astype(x.dtype)
+
+
+@constexpr
+@functools.lru_cache(maxsize=64)
+def _rotation(first, count, length, options, downscale, dtype):
+    dims, base = options
+    positions = np.arange(first, first + count, dtype=np.float64)
+    if base is None:
+        found = tables.rotary_tables(np, positions, dims)
+    else:
+        tables.check_xpos("AttentionLayers", dims, length, dtype, downscale, base, None)
+        found = tables.xpos_tables(np, positions, length // 2, dims, downscale, base)
+    return tuple(Tensor(table[:, None].astype(np.float32)) for table in found)
+
+
+class DistanceBias(nn.CellList):
+    """T5's table or a network of the distance: ``(q_len, kv_len) -> (1, heads, q_len, kv_len)``, float32.
+
+    The network's layers are the list, so that its weights are 'bias.0.weight' as in JAX.
+    """
+
+    def __init__(self, stack):
+        super().__init__()
+        options = stack.layers
+        self.by_table = options.rel_pos_bias
+        self.factor = math.sqrt(stack.attention.dim_head)
+        self.buckets = (not options.causal, options.rel_pos_num_buckets, options.rel_pos_max_distance)
+        self.logarithm = options.dynamic_pos_bias_log_distance
+        if self.by_table:
+            table = np.random.standard_normal((options.rel_pos_num_buckets, options.heads))
+            self.weight = Parameter(learned(table), name="weight")
+            return
+        sizes = [1] + [max(options.dim // 4, 1)] * options.dynamic_pos_bias_num_layers + [options.heads]
+        for size in zip(sizes, sizes[1:]):
+            self.append(Projection(*size))
+
+    def construct(self, q_len, kv_len):
+        """The bias of q_len queries at the end of kv_len positions."""
+        if self.by_table:
+            values = ops.gather(self.weight, _bucket_of_distance(kv_len, self.buckets), 0) * self.factor
+        else:
+            values = _distances(kv_len, self.logarithm)
+            count = 0
+            for layer in self:
+                if count > 0:
+                    values = values * ops.sigmoid(values)
+                values = layer(values)
+                count = count + 1
+        bias = ops.gather(values.swapaxes(0, 1), _places(q_len, kv_len), 1)
+        return ops.expand_dims(bias, 0)
+
+
+@constexpr
+@functools.lru_cache(maxsize=16)
+def _bucket_of_distance(kv_len, options):
+    return Tensor(tables.t5_buckets(np.arange(1 - kv_len, kv_len), *options))
+
+
+@constexpr
+@functools.lru_cache(maxsize=16)
+def _distances(kv_len, logarithm):
+    distance = -np.arange(1 - kv_len, kv_len, dtype=np.float64)
+    if logarithm:
+        distance = np.sign(distance) * np.log1p(np.abs(distance))
+    return Tensor(distance[:, None].astype(np.float32))
+
+
+@constexpr
+@functools.lru_cache(maxsize=16)
+def _places(q_len, kv_len):
+    query = np.arange(q_len)[:, None] + kv_len - q_len
+    return Tensor((np.arange(kv_len)[None, :] - query + kv_len - 1).astype(np.int32))

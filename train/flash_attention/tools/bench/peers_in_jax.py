@@ -1,0 +1,78 @@
+"""Attention of other JAX libraries as candidates of `in_jax`, each in a process of its own, where it is installed.
+
+Each entry is ``peer(case) -> attend(query, key, value)`` on BSND tensors; a ValueError says what the library has not.
+"""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+
+_CHUNK = 512
+
+
+def _require(case, *allowed):
+    """Raise unless the case sets nothing but sizes, dtype and what is ``allowed`` of 'causal' and 'window'."""
+    given = [name for name in ("causal", "window", "blocks") if getattr(case, name)]
+    if not case.plain() or set(given) - set(allowed) or case.spec().q_len != case.spec().kv_len:
+        raise ValueError("the library has no such option")
+
+
+def _tokamax(case):
+    _require(case, "causal", "window")
+    import tokamax
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # it reads them, also as a library
+        flags.FLAGS(["bench"], known_only=True)
+    options = {"is_causal": case.causal, "local_window_size": case.window}
+    if jax.default_backend() == "cpu":  # its default there forms all scores
+        options["implementation"] = "xla_chunked"
+    return functools.partial(tokamax.dot_product_attention, **options)
+
+
+def _ringattention(case):
+    _require(case, "causal")
+    from ringattention import ringattention
+
+    chunk = min(_CHUNK, case.q_len)
+    blockwise = {
+        "causal_block_size": 1 if case.causal else None,
+        "deterministic": True,
+        "dropout_rng": None,
+        "attn_pdrop": 0.0,
+        "query_chunk_size": chunk,
+        "key_chunk_size": chunk,
+        "dtype": jnp.dtype(case.dtype),
+        "policy": jax.checkpoint_policies.nothing_saveable,
+        "precision": None,
+        "prevent_cse": False,
+    }
+    given = {"axis_name": "sp", "float32_logits": True, "blockwise_kwargs": blockwise}
+    rest = [given.get(name) for name in list(inspect.signature(ringattention).parameters)[3:]]
+    mesh, whole = jax.make_mesh((1,), ("sp",), devices=jax.devices()[:1]), jax.sharding.PartitionSpec()
+
+    def attend(query, key, value):
+        key, value = (jnp.repeat(x, case.spec().group, axis=2) for x in (key, value))
+        ring = jax.shard_map(
+            lambda *qkv: ringattention(*qkv, *rest), mesh=mesh, in_specs=(whole,) * 3, out_specs=whole, check_vma=False
+        )
+        return ring(query, key, value)
+
+    return attend
+
+
+def _ejkernel(case):
+    _require(case, "causal", "window")
+    from ejkernel.modules import flash_attention
+
+    options = {"causal": case.causal}
+    if case.window:
+        options["sliding_window"] = case.window
+    if jax.default_backend() == "cpu":
+        options["platform"] = "xla"
+    return functools.partial(flash_attention, **options)
+
+
+PEERS = {"tokamax": _tokamax, "ringattention": _ringattention, "ejkernel": _ejkernel}

@@ -1,0 +1,38 @@
+"""Benchmark beside what a JAX user would pick: jax.nn, tokamax, ringattention, ejkernel, where they are installed."""
+
+from flash_attention.tools.bench.cases import Case
+from flash_attention.tools.bench.registry import DIRECTIONS, Benchmark, Entry, Job, register, said
+
+OURS = "xla"
+PEERS = ("tokamax", "ringattention", "ejkernel")
+
+_CASES = {
+    "S2048 D64": Case(1, 8, 2048, 64),
+    "S2048 D64 causal": Case(1, 8, 2048, 64, causal=True),
+    "S4096 D128 causal": Case(1, 8, 4096, 128, causal=True),
+    "window 1024 S16384": Case(1, 2, 16384, 64, window=(1024, 1024)),
+}
+
+
+def entries(case, ours):
+    """Ours, jax.nn in our process, and each peer in its own."""
+    found = [Entry(name, "jax", name, case) for name in tuple(ours) + ("jax.nn",)]
+    return tuple(found + [Entry(name, name, name, case) for name in PEERS])
+
+
+def _jobs():
+    return [Job(key, way, entries(case, (OURS,)), base=OURS) for key, case in _CASES.items() for way in DIRECTIONS]
+
+
+def _figures(results, machine):
+    del machine
+    figures = []
+    for key in _CASES:
+        for way in DIRECTIONS:
+            for name in ("jax.nn",) + PEERS:
+                gain = results.ratio(key, way, name, OURS)
+                figures.append(said("peers {} {}: gain over {}".format(key, way, name), gain, "x"))
+    return figures
+
+
+register(Benchmark("peers", "beside jax.nn, tokamax, ringattention, ejkernel", _jobs, _figures, ("jax",), 20.0))
