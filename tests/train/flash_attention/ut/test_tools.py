@@ -339,6 +339,24 @@ def test_judge_finds_a_wrong_row(row):
     assert judge.error(case, arrays, None, d_query)["d_query"] < 1e-12
 
 
+@needs_jax
+@pytest.mark.parametrize(
+    "candidate",
+    ["hash4", "dilated"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("qk50", "landmark", "blockwise")],
+)
+def test_judge_knows_what_mechanisms_see(candidate):
+    from flash_attention.tools.bench import in_jax
+
+    case = Case(1, 2, 4200 if candidate == "dilated" else 300, 16, causal=True)
+    arrays = case.arrays()
+    call, results = in_jax.build(case, "fwd+bwd", candidate, arrays)
+    call()
+    found = judge.error(case, arrays, *results(), candidate)
+    assert set(found) == {"out", "d_query"} and max(found.values()) < 1e-5
+    if candidate != "blockwise":
+        assert judge.error(case, arrays, *results())["out"] > 1e-2  # it is not plain attention
+
+
 # --- bench: rounds --------------------------------------------------------------------------------
 class FakePool:
     """Stands for the workers: each label takes ``seconds[label]``; ``script`` may raise."""
