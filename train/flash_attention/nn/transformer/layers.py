@@ -13,7 +13,7 @@ from flash_attention.core.transformer.wrappers import check_mems
 from flash_attention.nn.transformer.attention import Attention
 from flash_attention.nn.transformer.feed_forward import FeedForward
 from flash_attention.nn.transformer.parts import Residual, SkipLayer, StackNorm, shifted
-from flash_attention.nn.transformer.positions import DistanceBias
+from flash_attention.nn.transformer.positions import distance_bias
 from flash_attention.ops.functional import computable
 
 
@@ -115,7 +115,7 @@ class AttentionLayers(nn.Cell):
         self.rotation = (self.stack.rotated, layers.rotary_xpos_scale_base if layers.rotary_xpos else None)
         self.biased, self.dual = layers.biased, layers.resi_dual
         if self.biased:
-            self.bias = DistanceBias(self.stack)
+            self.bias = distance_bias(self.stack)
         self.slopes = None
         if layers.alibi_pos_bias:
             self.slopes = Tensor(alibi_slopes(layers.heads, layers.alibi_num_heads))

@@ -39,41 +39,53 @@ def _rotation(first, count, length, options, downscale, dtype):
     return tuple(Tensor(table[:, None].astype(np.float32)) for table in found)
 
 
-class DistanceBias(nn.CellList):
-    """T5's table or a network of the distance: ``(q_len, kv_len) -> (1, heads, q_len, kv_len)``, float32.
+def distance_bias(stack):
+    """The Cell ``(q_len, kv_len) -> (1, heads, q_len, kv_len)``, float32, that the stack's options ask for."""
+    return TableBias(stack) if stack.layers.rel_pos_bias else NetworkBias(stack)
 
-    The network's layers are the list, so that its weights are 'bias.0.weight' as in JAX.
-    """
+
+class TableBias(nn.Cell):
+    """T5's table, 'weight' (buckets, heads), times ``sqrt(dim_head)``."""
 
     def __init__(self, stack):
         super().__init__()
         options = stack.layers
-        self.by_table = options.rel_pos_bias
         self.factor = math.sqrt(stack.attention.dim_head)
         self.buckets = (not options.causal, options.rel_pos_num_buckets, options.rel_pos_max_distance)
+        table = np.random.standard_normal((options.rel_pos_num_buckets, options.heads))
+        self.weight = Parameter(learned(table), name="weight")
+
+    def construct(self, q_len, kv_len):
+        """The bias of q_len queries at the end of kv_len positions."""
+        values = ops.gather(self.weight, _bucket_of_distance(kv_len, self.buckets), 0) * self.factor
+        return _for_pairs(values, q_len, kv_len)
+
+
+class NetworkBias(nn.CellList):
+    """A network of the distance; its layers are the list, so that its weights are 'bias.0.weight' as in JAX."""
+
+    def __init__(self, stack):
+        super().__init__()
+        options = stack.layers
         self.logarithm = options.dynamic_pos_bias_log_distance
-        if self.by_table:
-            table = np.random.standard_normal((options.rel_pos_num_buckets, options.heads))
-            self.weight = Parameter(learned(table), name="weight")
-            return
         sizes = [1] + [max(options.dim // 4, 1)] * options.dynamic_pos_bias_num_layers + [options.heads]
         for size in zip(sizes, sizes[1:]):
             self.append(Projection(*size))
 
     def construct(self, q_len, kv_len):
         """The bias of q_len queries at the end of kv_len positions."""
-        if self.by_table:
-            values = ops.gather(self.weight, _bucket_of_distance(kv_len, self.buckets), 0) * self.factor
-        else:
-            values = _distances(kv_len, self.logarithm)
-            count = 0
-            for layer in self:
-                if count > 0:
-                    values = values * ops.sigmoid(values)
-                values = layer(values)
-                count = count + 1
-        bias = ops.gather(values.swapaxes(0, 1), _places(q_len, kv_len), 1)
-        return ops.expand_dims(bias, 0)
+        values, count = _distances(kv_len, self.logarithm), 0
+        for layer in self:
+            if count > 0:
+                values = values * ops.sigmoid(values)
+            values = layer(values)
+            count = count + 1
+        return _for_pairs(values, q_len, kv_len)
+
+
+def _for_pairs(values, q_len, kv_len):
+    """Values (2 kv_len - 1, heads) by distance as (1, heads, q_len, kv_len)."""
+    return ops.expand_dims(ops.gather(values.swapaxes(0, 1), _places(q_len, kv_len), 1), 0)
 
 
 @constexpr
