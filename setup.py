@@ -34,6 +34,8 @@ EXTRAS = {
         'wheel; python_version < "3.8"',
     ],
     "docs": ["matplotlib"],
+    "flax": [_JAX.format(""), 'flax>=0.10; python_version >= "3.10"'],
+    "onnx": ["onnx>=1.14", "onnxruntime>=1.16"],
 }
 EXTRAS["dev"] = sorted({line for name in ("jax", "test", "docs") for line in EXTRAS[name]})
 INSTALL_REQUIRES = ["numpy>=1.17"]

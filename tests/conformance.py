@@ -19,7 +19,7 @@ from flash_attention.core import alibi, reference
 from flash_attention.core.errors import UnsupportedError
 from flash_attention.core.spec import KEYWORDS, Operands
 from flash_attention.core.validation import Options, TensorInfo, make_spec
-from tolerances import FORWARD, GRADIENTS, assert_close
+from tolerances import FORWARD, GRADIENTS, Draw, assert_part_close, in_two_looks
 
 LAYER = "flash_attention"
 
@@ -278,13 +278,20 @@ _DISTANCE = reference.distance
 ORDERS = 3  # rounding errors are draws of chance: the naive error is the largest of so many
 
 
+def naive_results(compute, dtype, functions=None):
+    """What the naive implementation of `compute(xp) -> {name: array}` gives: one dict for each order of summation."""
+    runs = []
+    for order in range(ORDERS if dtype == "float32" else 1):
+        narrow = NaivePrecision(dtype, order, functions)
+        with mock.patch.multiple(reference, np=narrow, distance=narrow.distance), np.errstate(all="ignore"):
+            runs.append(compute(narrow))
+    return tuple(runs)
+
+
 @functools.lru_cache(maxsize=4)
 def run_naive(case, functions=None):
-    """What the naive implementation gives, by the same names: a tuple, one dict for each order of summation."""
-    return tuple(
-        _run_narrow(case, NaivePrecision(case.dtype, order, functions))
-        for order in range(ORDERS if case.dtype == "float32" else 1)
-    )
+    """What the naive implementation gives for a case, by the same names: a tuple, see :func:`naive_results`."""
+    return naive_results(functools.partial(_results, case, make_inputs(case)), case.dtype, functions)
 
 
 @functools.lru_cache(maxsize=4)
@@ -293,16 +300,9 @@ def naive_lse(case, functions=None):
     if case.dtype == "float32":
         runs = run_naive(case, functions)
     else:
-        runs = [
-            _run_narrow(replace(case, gradients=False), NaivePrecision("float32", order, functions), make_inputs(case))
-            for order in range(ORDERS)
-        ]
+        without_gradients = functools.partial(_results, replace(case, gradients=False), make_inputs(case))
+        runs = naive_results(without_gradients, "float32", functions)
     return tuple({"lse": run["lse"]} for run in runs)
-
-
-def _run_narrow(case, narrow, inputs=None):
-    with mock.patch.multiple(reference, np=narrow, distance=narrow.distance), np.errstate(all="ignore"):
-        return _results(case, make_inputs(case) if inputs is None else inputs, narrow)
 
 
 def more_draws(case):
@@ -312,18 +312,15 @@ def more_draws(case):
 
 
 def judge(run, case, functions=None, without=()):
-    """Run `case` by `run(case)` and compare, see :func:`assert_matches`.
-
-    The largest of a few rounding errors is a draw of chance: where one draw is beyond the bound, the largest error over
-    several draws decides, of the engine's as of the naive ones. The latter then take the framework's own matrix product
-    too (`functions.with_products`), whose sums may be rounded otherwise than numpy's.
-    """
+    """Run `case` by `run(case)` and compare, see :func:`assert_matches`; a second look takes more draws."""
     got = {case: run(case)}
-    try:
+
+    def look(functions, again):
+        if again:
+            got.update((draw, run(draw)) for draw in more_draws(case))
         return assert_matches(got, functions, without)
-    except AssertionError:
-        got.update((draw, run(draw)) for draw in more_draws(case))
-        return assert_matches(got, getattr(functions, "with_products", functions), without)
+
+    return in_two_looks(look, functions)
 
 
 def check(engine, case):
@@ -361,23 +358,17 @@ def assert_matches(got, functions=None, without=()):
                     what
                 )
 
-    def compare(names, run_naive, dtype, direction):
-        def chosen(runs):
-            return {name: np.stack([np.asarray(run[name], np.float64) for run in runs]) for name in names}
+    def worst(names, naive, dtype, direction):
+        draws = [Draw(results, run_reference(case), naive(case, functions)) for case, results in got.items()]
+        return assert_part_close(draws, names, dtype, direction)
 
-        naive = zip(*(run_naive(case, functions) for case in got))  # by order of summation
-        want = chosen([run_reference(case) for case in got])
-        return assert_close(chosen(got.values()), want, [chosen(runs) for runs in naive], dtype, direction)
-
-    case = next(iter(got))
-    want = run_reference(case)
-    groups = (["lse"], naive_lse, "float32", FORWARD), (["out"], run_naive, case.dtype, FORWARD)
-    grads, worst = [name for name in want if name not in ("out", "lse")], 0.0
-    for names, naive, dtype, direction in groups + ((grads, run_naive, case.dtype, GRADIENTS),):
-        names = [name for name in names if name in got[case]]
-        if names:
-            worst = max(worst, compare(names, naive, dtype, direction))
-    return worst
+    case, results = next(iter(got.items()))
+    gradients = [name for name in results if name not in ("out", "lse")]
+    return max(
+        worst([name for name in ("lse",) if name in results], naive_lse, "float32", FORWARD),
+        worst([name for name in ("out",) if name in results], run_naive, case.dtype, FORWARD),
+        worst(gradients, run_naive, case.dtype, GRADIENTS),
+    )
 
 
 # --- the list --------------------------------------------------------------------------------------

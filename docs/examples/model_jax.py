@@ -12,6 +12,9 @@ import numpy as np
 
 from flash_attention.core.alibi import alibi_slopes
 from flash_attention.jax import FlashAttention
+from flash_attention_infer.jax import KVCache, prefill
+
+CACHE_BLOCK = 64  # tokens in a block of the paged cache
 
 
 def rms_norm(x, weight):
@@ -71,6 +74,25 @@ def model_logits(settings, layers, weights, tokens):
     return rms_norm(x, weights["norm.weight"]) @ weights["head.weight"].T
 
 
+def cached_logits(settings, weights, caches, step, tokens):
+    """The model over KV caches, new tokens int32 (batch, length) of a step.
+
+    Returns:
+        ``(logits (batch, vocabulary) of each sequence's last new token, the caches with the new tokens)``.
+    """
+    slopes, caches = jnp.asarray(alibi_slopes(settings.heads)), list(caches)
+
+    def attend(layer, *tensors):
+        query, key, value = (jnp.swapaxes(x, 1, 2) for x in tensors)
+        window = dict(prev_block_num=settings.prev_block_num(layer), block_size=settings.block_size)
+        out, caches[layer] = prefill(caches[layer], step, query, key, value, alibi_slopes=slopes, **window)
+        return jnp.swapaxes(out, 1, 2)
+
+    layers = [functools.partial(attend, layer) for layer in range(settings.layers)]
+    logits = model_logits(settings, layers, weights, tokens)
+    return jnp.take_along_axis(logits, (step.counts - 1)[:, None, None], axis=1)[:, 0], caches
+
+
 def adam(weights, gradients, moments, step, rate, beta1=0.9, beta2=0.95, epsilon=1e-8):
     """One step of Adam as mindspore.nn.Adam takes it (epsilon beside the uncorrected moment); -> weights, moments."""
     rate = rate * jnp.sqrt(1 - beta2**step) / (1 - beta1**step)
@@ -87,6 +109,7 @@ class Trainer:
 
     def __init__(self, settings, weights, attention="flash", engine=None):
         self.engine = (engine or "auto") if attention == "flash" else "naive"
+        self._settings = settings
         self._weights = {name: jnp.asarray(weight) for name, weight in weights.items()}
         self._moments = tuple(jax.tree.map(jnp.zeros_like, self._weights) for _ in range(2))
         self._done, self._rates = 0, settings.learning_rates()
@@ -122,12 +145,19 @@ class Trainer:
         """float32 numpy (batch, length, vocabulary)."""
         return np.asarray(self._logits(self._weights, tokens))
 
+    def cached(self, length):
+        """``(cache, forward)`` of generation for one sequence of `length` tokens: the model over a paged KV cache."""
+        blocks = -(-length // CACHE_BLOCK)
+        sizes = (self._settings.layers, blocks, self._settings.kv_heads, self._settings.head_dim)
+        cache = KVCache.paged(*sizes, block_size=CACHE_BLOCK)
+        compiled = jax.jit(functools.partial(cached_logits, self._settings), donate_argnums=1)
+
+        def forward(tokens, positions, step):
+            logits, cache.layers = compiled(self._weights, cache.layers, step, tokens)
+            return logits
+
+        return cache, forward
+
     def weights(self):
         """{name: numpy array}."""
         return {name: np.asarray(weight) for name, weight in self._weights.items()}
-
-
-def twin_logits(settings, weights, tokens, engine="xla"):
-    """Logits of the JAX model on {name: numpy array} from MindSpore, float32 numpy; engine 'xla' or 'reference'."""
-    layers = attentions(settings, "flash", engine)
-    return np.asarray(jax.jit(functools.partial(model_logits, settings, layers))(weights, tokens))

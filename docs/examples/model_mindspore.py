@@ -12,6 +12,10 @@ from flash_attention.core.alibi import alibi_slopes
 from flash_attention.core.spec import AttentionSpec
 from flash_attention.nn.layer.flash_attention import FlashAttention
 from flash_attention.ops import ENGINES
+from flash_attention_infer.nn import CachedAttention, KVCache
+from flash_attention_infer.nn.cache import tensors
+
+CACHE_BLOCK = 64  # tokens in a block of the paged cache
 
 
 class RMSNorm(nn.Cell):
@@ -69,19 +73,22 @@ class Block(nn.Cell):
         self.up = nn.Dense(hidden, settings.feed_forward, has_bias=False)
         self.down = nn.Dense(settings.feed_forward, hidden, has_bias=False)
 
-    def construct(self, x):
+    def construct(self, x, *step):
         batch, length, hidden = x.shape
         y = self.attention_norm(x)
         query = self.query(y).reshape(batch, length, self.heads, self.head_dim).swapaxes(1, 2)
         key = self.key(y).reshape(batch, length, self.kv_heads, self.head_dim).swapaxes(1, 2)
         value = self.value(y).reshape(batch, length, self.kv_heads, self.head_dim).swapaxes(1, 2)
-        y = self.attention(query, key, value)  # (batch, heads, length, head_dim)
+        y = self.attention(query, key, value, *step)  # (batch, heads, length, head_dim)
         x = x + self.output(y.swapaxes(1, 2).reshape(batch, length, hidden))
         return x + self.down(ops.silu(self.up(self.feed_forward_norm(x))))
 
 
 class LanguageModel(nn.Cell):
-    """Tokens, int32 (batch, length) -> logits of the next token, float32 (batch, length, vocabulary)."""
+    """Tokens, int32 (batch, length) -> logits of the next token, float32 (batch, length, vocabulary).
+
+    Further inputs go to the attention of each layer: nothing in training, a step of the cache in generation.
+    """
 
     def __init__(self, settings, make_attention):
         super().__init__()
@@ -90,10 +97,10 @@ class LanguageModel(nn.Cell):
         self.norm = RMSNorm(settings.hidden)
         self.head = nn.Dense(settings.hidden, settings.vocabulary, has_bias=False)
 
-    def construct(self, tokens):
+    def construct(self, tokens, *step):
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, *step)
         return self.head(self.norm(x))
 
 
@@ -116,9 +123,24 @@ def build_model(settings, attention="flash", engine=None):
     return LanguageModel(settings, make_attention)
 
 
+class CachedLayer(nn.Cell):
+    """The attention of one layer over a KV cache, in the place of the FlashAttention Cell."""
+
+    def __init__(self, settings, cache, layer):
+        super().__init__()
+        window = {"prev_block_num": settings.prev_block_num(layer), "block_size": settings.block_size}
+        self.attend = CachedAttention(cache.layers[layer], **window)
+        self.slopes = Tensor(alibi_slopes(settings.heads))
+
+    def construct(self, query, key, value, starts, counts, slots, tables, fresh):
+        query, key, value = query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
+        step = (starts, counts, slots, tables, None, None)  # a ring would have the last two
+        return self.attend(query, key, value, *step, self.slopes, None, fresh, 1).swapaxes(1, 2)
+
+
 def load_weights(model, weights):
     """Put {name: array} into the model; every parameter must be there, and nothing else."""
-    parameters = model.parameters_dict()
+    parameters = {parameter.name: parameter for parameter in model.trainable_params()}  # a cache's are none
     if set(parameters) != set(weights):
         raise ValueError("weights and model differ in {}".format(sorted(set(parameters) ^ set(weights))))
     for name, parameter in parameters.items():
@@ -132,6 +154,7 @@ class Trainer:
 
     def __init__(self, settings, weights, attention="flash", engine=None):
         self.engine = chosen_engine(settings, engine) if attention == "flash" else "naive"
+        self._settings = settings
         self.model = model = build_model(settings, attention, engine)
         load_weights(model, weights)
         parameters = model.trainable_params()
@@ -164,6 +187,22 @@ class Trainer:
         """float32 numpy (batch, length, vocabulary)."""
         self.model.set_train(False)
         return self._logits(Tensor(tokens)).asnumpy()
+
+    def cached(self, length):
+        """``(cache, forward)`` of generation for one sequence of `length` tokens: the model over a paged KV cache."""
+        settings, blocks = self._settings, -(-length // CACHE_BLOCK)
+        cache = KVCache.paged(settings.layers, blocks, settings.kv_heads, settings.head_dim, block_size=CACHE_BLOCK)
+        model = LanguageModel(settings, lambda layer: CachedLayer(settings, cache, layer))
+        load_weights(model, self.weights())
+        model.set_train(False)
+        graph = ms.jit(model.construct)
+
+        def forward(tokens, positions, step):
+            run = model if step.fresh else graph  # a prompt comes once: its graph would compile longer than it runs
+            logits = run(Tensor(tokens), *tensors(step)[:4], step.fresh)
+            return ops.stack([row[int(count) - 1] for row, count in zip(logits, step.counts)])
+
+        return cache, forward
 
     def weights(self):
         """{name: numpy array}: what the JAX twin model loads."""

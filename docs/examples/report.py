@@ -8,6 +8,7 @@ from training import has
 CURVE_STEPS = 50
 CURVE_BOUND = 1e-3
 TWIN_BOUND = 1e-4
+CACHE_BOUND = 1e-4  # logits with a cache and without
 
 
 def curve_difference(ours, naive):
@@ -40,6 +41,16 @@ def comparison(ours, naive):
     lines = ["  {:<{}}  {:>{}}  {:>{}}".format(*sum(zip(row, widths), ())) for row in rows]
     faster = "{:.2f} times as fast as".format(ratio) if ratio >= 1 else "{:.2f} times slower than".format(1 / ratio)
     return "\n".join(lines) + "\n  A step with FlashAttention is {} one with naive attention here.".format(faster)
+
+
+def generation_table(runs):
+    """Tokens a second of each framework, with the paged cache and without, as text."""
+    rows = [("", "prefill, tokens/s", "decode, tokens/s")]
+    for run in runs:
+        for way, name in (("with cache", "with the paged cache"), ("without", "without a cache")):
+            rows.append(("{}, {}".format(run["framework"], name),) + tuple("{:.0f}".format(x) for x in run[way]))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join("  {:<{}}  {:>{}}  {:>{}}".format(*sum(zip(row, widths), ())) for row in rows)
 
 
 def judge(checks):

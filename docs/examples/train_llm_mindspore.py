@@ -3,8 +3,9 @@
     bash build.sh demo            or, with the package installed:  python docs/examples/train_llm_mindspore.py
 
 Reads Python's own help pages, byte by byte. Both trainings start from the same weights and see the same data in the
-same order, each in a process of its own. Then: held-out loss, a sample, and the same weights in the JAX twin model.
-Exits 1 when a bound fails. Without MindSpore the JAX model trains; without JAX the twin part is left out: it says so.
+same order, each in a process of its own. Then: held-out loss, a text generated with a paged KV cache, and the same
+weights in the JAX twin model, which generates too; tokens a second with the cache and without. Exits 1 when a bound
+fails. Without MindSpore the JAX model trains; without JAX the twin part is left out: it says so.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 
+import generation
 import numpy as np
 import report
 import settings as sizes
@@ -64,14 +66,14 @@ def train_apart(attention, arguments, framework):
         return json.load(stream)
 
 
-def twin_difference(settings, folder):
-    """Largest difference between the trained model's logits and those of the JAX model on the same weights."""
-    from model_jax import twin_logits
-
+def twin(settings, folder):
+    """The JAX model on the trained weights: ``(largest difference of its logits, its generation)``."""
     with np.load(os.path.join(folder, "weights.npz")) as stored:
         weights = dict(stored)
     tokens, logits = weights.pop("tokens"), weights.pop("logits")
-    return float(np.abs(twin_logits(settings, weights, tokens, "xla") - logits).max())
+    trainer = training.load_trainer("jax")(settings, weights, "flash", "xla")
+    prompt = training.prompt_of(settings, text.corpus()[1])
+    return float(np.abs(trainer.logits(tokens) - logits).max()), generation.compare(trainer, settings, prompt)
 
 
 def main(arguments):
@@ -98,23 +100,29 @@ def main(arguments):
     print("\n{}, {}, {} steps each, {:.0f} s in all".format(
         ours["framework"], mode, settings.steps, time.time() - start))  # fmt: skip
     print(report.comparison(ours, naive))
-    print("\nprompt: ...{!r}\nsample: {}".format(ours["prompt"][-60:], ours["sample"]))
-
+    generations = [ours["generation"]]
     checks = [
         ("largest difference of the two loss curves, first 50 steps",
          report.curve_difference(ours["losses"], naive["losses"]), report.CURVE_BOUND),
         ("held-out loss, nats a byte", ours["held_out"], settings.loss_bound),
     ]  # fmt: skip
     if framework == "mindspore" and training.has("jax"):
-        checks.append(
-            ("largest logit difference, JAX twin on the same weights", twin_difference(settings, options.out),
-             report.TWIN_BOUND))  # fmt: skip
+        difference, generated = twin(settings, options.out)
+        checks.append(("largest logit difference, JAX twin on the same weights", difference, report.TWIN_BOUND))
+        generations.append(generated)
     elif framework == "mindspore":
         print("\nJAX is not installed here: the comparison with the twin model is left out.")
+    checks += [
+        ("largest logit difference with a cache, " + one["framework"], one["difference"], report.CACHE_BOUND)
+        for one in generations
+    ]
+    prompt = text.decode(training.prompt_of(settings, text.corpus()[1]))
+    print("\nprompt: ...{!r}\nsample: {}".format(prompt[-60:], text.decode(generations[0]["tokens"])))
+    print(report.generation_table(generations))
     verdict, held = report.judge(checks)
     print("\n" + verdict + "\n" + report.plot(ours, naive, os.path.join(options.out, "loss.png")))
     with open(os.path.join(options.out, "demo.json"), "w", encoding="utf-8") as stream:
-        json.dump({"checks": checks, "flash": ours, "naive": naive}, stream, indent=1)
+        json.dump({"checks": checks, "flash": ours, "naive": naive, "generation": generations}, stream, indent=1)
     return 0 if held else 1
 
 

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 
+import generation
 import numpy as np
 import text
 from settings import initial_weights
@@ -92,26 +93,19 @@ def held_out_loss(trainer, settings, held_out_text):
     return float(np.mean([trainer.loss(tokens, targets) for tokens, targets in windows]))
 
 
-def sample(trainer, settings, prompt, temperature=0.7):
-    """`settings.sample_bytes` bytes after the prompt. The buffer keeps its length: one graph serves all steps."""
-    generator = np.random.default_rng(settings.seed)
-    tokens = np.zeros((1, len(prompt) + settings.sample_bytes), np.int32)
-    tokens[0, : len(prompt)] = prompt
-    for place in range(len(prompt), tokens.shape[1]):
-        logits = trainer.logits(tokens)[0, place - 1].astype(np.float64) / temperature
-        chances = np.exp(logits - logits.max())
-        tokens[0, place] = generator.choice(settings.vocabulary, p=chances / chances.sum())
-    return tokens[0, len(prompt) :]
+def prompt_of(settings, held_out_text):
+    """The start of the held-out text, which the model is to continue."""
+    return held_out_text[: settings.length // 8]
 
 
 def run(settings, framework, attention, engine, folder):
-    """Train, judge, sample; writes ATTENTION.json and, for "flash", weights.npz (with logits)."""
+    """Train, judge, generate; writes ATTENTION.json and, for "flash", weights.npz (with logits)."""
     trainer = load_trainer(framework)(settings, initial_weights(settings), attention, engine)
     training_text, held_out_text = text.corpus()
     before = peak_memory()
     losses, seconds = train(trainer, settings, training_text, "{:>9}".format(trainer.engine))
     memory = peak_memory()  # of training alone, without what follows
-    print("held-out loss{} ...".format(" and a sample" if attention == "flash" else ""), flush=True)
+    print("held-out loss{} ...".format(" and a text" if attention == "flash" else ""), flush=True)
     result = {
         "framework": trainer.framework,
         "engine": trainer.engine,
@@ -124,8 +118,6 @@ def run(settings, framework, attention, engine, folder):
     if attention == "flash":
         tokens, _ = next(text.spread_windows(held_out_text, settings.length, 1))
         np.savez(os.path.join(folder, "weights.npz"), tokens=tokens, logits=trainer.logits(tokens), **trainer.weights())
-        prompt = held_out_text[: settings.length // 8]
-        result["prompt"] = text.decode(prompt)
-        result["sample"] = text.decode(sample(trainer, settings, prompt))
+        result["generation"] = generation.compare(trainer, settings, prompt_of(settings, held_out_text))
     with open(os.path.join(folder, attention + ".json"), "w", encoding="utf-8") as stream:
         json.dump(result, stream)

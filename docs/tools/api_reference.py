@@ -20,6 +20,19 @@ PUBLIC = (
             ("nn/layer/context_parallel.py", "flash_attention.nn", ("RingAttention", "UlyssesAttention")),
             ("nn/layer/flexible.py", "flash_attention.nn", ("FlexibleAttention",)),
             ("nn/flexible/registry.py", "flash_attention.nn", ("Mechanism", "MechanismRegistry")),
+            ("nn/transformer/attention.py", "flash_attention.nn", ("Attention",)),
+            ("nn/transformer/feed_forward.py", "flash_attention.nn", ("FeedForward",)),
+            (
+                "nn/transformer/layers.py",
+                "flash_attention.nn",
+                ("AttentionLayers", "Encoder", "Decoder", "CrossAttender"),
+            ),
+            (
+                "nn/transformer/wrappers.py",
+                "flash_attention.nn",
+                ("TransformerWrapper", "ContinuousTransformerWrapper"),
+            ),
+            ("nn/transformer/autoregressive.py", "flash_attention.nn", ("AutoregressiveWrapper",)),
             ("nn/layer/multi_query.py", "flash_attention.nn", ("MultiQueryAttention", "grouped_query_attention")),
             ("nn/layer/dilated.py", "flash_attention.nn", ("DilatedAttention", "dilated_attention")),
             ("nn/layer/blockwise.py", "flash_attention.nn", ("BlockwiseAttention", "BlockwiseFFN")),
@@ -88,6 +101,19 @@ PUBLIC = (
         (
             ("jax/layer.py", "flash_attention.jax", ("FlashAttention",)),
             ("jax/functional.py", "flash_attention.jax", ("flash_attention",)),
+            ("jax/transformer/attention.py", "flash_attention.jax", ("Attention",)),
+            ("jax/transformer/feed_forward.py", "flash_attention.jax", ("FeedForward",)),
+            (
+                "jax/transformer/layers.py",
+                "flash_attention.jax",
+                ("AttentionLayers", "Encoder", "Decoder", "CrossAttender"),
+            ),
+            (
+                "jax/transformer/wrappers.py",
+                "flash_attention.jax",
+                ("TransformerWrapper", "ContinuousTransformerWrapper"),
+            ),
+            ("jax/transformer/autoregressive.py", "flash_attention.jax", ("AutoregressiveWrapper",)),
             ("jax/flexible/module.py", "flash_attention.jax", ("FlexibleAttentionModule",)),
             ("jax/flexible/output.py", "flash_attention.jax", ("AttentionOutput",)),
             ("jax/flexible/registry.py", "flash_attention.jax", ("AttentionRegistry", "AttentionImpl")),
@@ -149,6 +175,7 @@ PUBLIC = (
             ),
             ("jax/mechanisms/colt5_routing.py", "flash_attention.jax", ("CoordinateDescentRouter", "coor_descent")),
             ("jax/mechanisms/positions.py", "flash_attention.jax", ("rotary", "xpos", "t5_bias", "alibi_bias")),
+            ("jax/nnx.py", "flash_attention.jax.nnx", ("attention_fn",)),
             ("jax/sampling.py", "flash_attention.jax.sampling", ("sample", "filter_logits")),
         ),
     ),
@@ -174,12 +201,17 @@ PUBLIC = (
             (INFER + "jax/cache.py", "flash_attention_infer.jax", ("KVCache",)),
             (INFER + "jax/attention.py", "flash_attention_infer.jax", ("prefill", "decode")),
             (INFER + "jax/storage.py", "flash_attention_infer.jax", ("LayerCache",)),
-            (INFER + "jax/generation.py", "flash_attention_infer.jax", ("generate", "stream")),
             (INFER + "nn/cache.py", "flash_attention_infer.nn", ("KVCache",)),
             (INFER + "nn/attention.py", "flash_attention_infer.nn", ("CachedAttention",)),
             (INFER + "nn/storage.py", "flash_attention_infer.nn", ("LayerCache",)),
-            (INFER + "nn/generation.py", "flash_attention_infer.nn", ("generate", "stream")),
+            (INFER + "core/generation.py", "flash_attention_infer.core.generation", ("generate", "stream")),
+            (INFER + "core/scheduler.py", "flash_attention_infer.core", ("Scheduler", "Request")),
             (INFER + "atlas/attention.py", "flash_attention_infer.atlas.attention", ("AtlasAttention",)),
+            (
+                INFER + "ascend_package/onnx_model.py",
+                "flash_attention_infer.ascend_package.onnx_model",
+                ("attention_node", "attention_model", "checkable"),
+            ),
         ),
     ),
     (
@@ -194,6 +226,21 @@ PUBLIC = (
             ("core/sharding.py", "flash_attention.core.sharding", ("strategies", "share")),
             ("core/registry.py", "flash_attention.core.registry", ("Registry",)),
             ("core/alibi.py", "flash_attention.core.alibi", ("alibi_slopes",)),
+            (
+                "core/transformer/attention.py",
+                "flash_attention.core.transformer.attention",
+                ("AttentionOptions", "Path"),
+            ),
+            (
+                "core/transformer/layers.py",
+                "flash_attention.core.transformer.layers",
+                ("FeedForwardOptions", "LayersOptions"),
+            ),
+            (
+                "core/transformer/wrappers.py",
+                "flash_attention.core.transformer.wrappers",
+                ("TokenOptions", "ContinuousOptions"),
+            ),
             (
                 "core/mechanisms/weights.py",
                 "flash_attention.core.mechanisms.weights",
@@ -266,8 +313,11 @@ def _call(name, arguments):
     plain = [item.arg for item in arguments.args]
     defaults = [None] * (len(plain) - len(arguments.defaults)) + list(arguments.defaults)
     words = [_with_default(*pair) for pair in zip(plain, defaults) if pair[0] not in ("self", "cls")]
-    if arguments.kwonlyargs:
+    if arguments.vararg:
+        words.append("*" + arguments.vararg.arg)
+    elif arguments.kwonlyargs:
         words.append("*")
+    if arguments.kwonlyargs:
         words += [_with_default(item.arg, value) for item, value in zip(arguments.kwonlyargs, arguments.kw_defaults)]
     if arguments.kwarg:
         words.append("**" + arguments.kwarg.arg)

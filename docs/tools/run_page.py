@@ -22,6 +22,8 @@ NEEDS = {
     "jax": r"^\s*(import jax|from jax)|flash_attention\.jax\b",
     "mindformers": r"^\s*(import|from) mindformers\b",
     "mindone": r"^\s*(import|from) mindone\b",
+    "flax": r"^\s*(import|from) flax\b",
+    "onnxruntime": r"^\s*import onnxruntime\b",
 }
 
 

@@ -11,6 +11,8 @@ import json
 import os
 from dataclasses import replace
 
+import transformer_tables
+
 from flash_attention.ascend import cost
 from flash_attention.core import conventions, dropout
 from flash_attention.core.spec import AttentionSpec
@@ -100,6 +102,8 @@ USES = {
     "bench": ("`bench`: the peers it compares with, and plots", "`bench`：对照库与绘图"),
     "test": ("the tests", "测试"),
     "docs": ("plots of the examples", "示例的绘图"),
+    "flax": ("`attention_fn` inside Flax NNX", "Flax NNX 中的 `attention_fn`"),
+    "onnx": ("ONNX models with the Ascend operator, and their check", "含昇腾算子的 ONNX 模型及其检查"),
     "dev": ("all of jax, test and docs", "jax、test、docs 的总和"),
 }
 
@@ -151,7 +155,7 @@ def dropout_vectors(language):
 _BASE = dict(batch=2, heads=8, kv_heads=8, q_len=256, kv_len=256, head_dim=64, dtype="float16")
 # (label en, zh), what it changes in the plain call
 FEATURES = (
-    (("float16", "float16"), {}),
+    (("float16", "float16"), {"dtype": "float16"}),
     (("bfloat16", "bfloat16"), {"dtype": "bfloat16"}),
     (("float32", "float32"), {"dtype": "float32"}),
     (("float64", "float64"), {"dtype": "float64"}),
@@ -328,7 +332,7 @@ def kernel_cycles(language):
     """What the cost model says of (4, 8, 4096, 128): time, what bounds it, and each pipe's share of the time."""
     pipes = ("M", "V", "MTE1", "MTE2", "MTE3")
     header = pick(language, ("call", "tile", "ms", "TFLOPS", "bound by"), ("调用", "分块", "毫秒", "TFLOPS", "瓶颈"))
-    header += pipes + ("GB", pick(language, "cycles a task, a tile pair, a bound", "每任务、每分块对、每边界的周期"))
+    header += pipes + ("GB", pick(language, "cycles a task, a tile pair", "每任务、每分块对的周期"))
     calls = [(direction, number) for direction in cost.FLOPS for number in range(len(_CALLS))] + [("preprocess", 0)]
     names = {"forward": "前向", "backward": "反向", "preprocess": "反向之前的内核"}
     rows = []
@@ -336,7 +340,7 @@ def kernel_cycles(language):
         got = _predicted(number, direction)
         name = "{}, {}".format(pick(language, direction, names[direction]), pick(language, *_CALLS[number][0]))
         shares = ["{:.0%}".format(got.busy[pipe] / got.cycles) for pipe in pipes]
-        lines = "; ".join("{:,.0f}, {:,.0f}, {:,.0f}".format(fit.task, fit.pair, fit.bound) for fit in got.fits)
+        lines = "; ".join("{:,.0f}, {:,.0f}".format(fit.task, fit.pair) for fit in got.fits)
         figures = ["{:.3g}".format(1e3 * got.seconds), "{:.0f}".format(got.tflops), got.bound]
         tile = "{} x {}".format(got.geometry.tiles.q, got.geometry.tiles.kv)
         rows.append([name, tile] + figures + shares + ["{:.2f}".format(got.gm_bytes / 1e9), lines])
@@ -447,6 +451,7 @@ TABLES = {
     "kernel-budget": kernel_budget,
     "kernel-cycles": kernel_cycles,
     "kernel-sensitivity": kernel_sensitivity,
+    "transformer-options": transformer_tables.options,
     "measured": measured,
     "measured-targets": measured_targets,
 }

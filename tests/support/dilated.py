@@ -49,6 +49,7 @@ CASES = [
     Case("single, w no multiple of r, fp16", 37, 3, 12, 5, dtype="float16"),
     Case("T5 bias, fewer heads than the rate", 40, 2, (10, 40), (1, 4), causal=True, bias=True),
     Case("T5 bias, both directions, bf16", 40, 2, (10, 20), (1, 2), bias=True, dtype="bfloat16"),
+    pytest.param(Case("one pattern of rate 1: block diagonal", 40, 2, 12, 1), marks=pytest.mark.slow),
 ]
 
 

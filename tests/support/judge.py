@@ -4,44 +4,22 @@ A formula is `compute(xp) -> {name: array}`, in the dtype `xp.float64` (float32 
 `core.reference` and `xp.matmul` for its products. Names are 'out', 'lse' and those of the gradients.
 """
 
-from unittest import mock
-
 import numpy as np
 
-from conformance import ORDERS, NaivePrecision
-from flash_attention.core import reference
-from tolerances import FORWARD, GRADIENTS, assert_close
-
-
-def naive_results(compute, dtype, functions=None):
-    """What the naive implementation gives: one dict for each order of summation."""
-    runs = []
-    for order in range(ORDERS if dtype == "float32" else 1):
-        narrow = NaivePrecision(dtype, order, functions)
-        with mock.patch.multiple(reference, np=narrow, distance=narrow.distance), np.errstate(all="ignore"):
-            runs.append(compute(narrow))
-    return runs
+from conformance import naive_results
+from tolerances import Draw, assert_draws_close, in_two_looks
 
 
 def check(got, compute, dtype="float32", functions=None, plain=None, exps=1):
     """Fail unless each result in `got` is as close to the formula's float64 result as the table of tolerances asks.
 
     `plain`: the formula of the naive implementation, where that would compute in other steps than the judge; `exps` as
-    in `tolerances.assert_close`. As in `conformance.judge`, where a bound is missed the naive results are made again
-    with the framework's own matrix product, whose sums may be rounded otherwise than numpy's.
+    in `tolerances.assert_close`. The second look takes the framework's own matrix product, as in `conformance.judge`.
     """
-    try:
-        _check(got, compute, dtype, functions, plain, exps)
-    except AssertionError:
-        if not hasattr(functions, "with_products"):
-            raise
-        _check(got, compute, dtype, functions.with_products, plain, exps)
 
+    def look(functions, again):
+        del again
+        naive = naive_results(plain or compute, dtype, functions)
+        return assert_draws_close([Draw(got, compute(np), naive)], dtype, exps)
 
-def _check(got, compute, dtype, functions, plain, exps):
-    want, naive = compute(np), naive_results(plain or compute, dtype, functions)
-    for forward, direction in ((True, FORWARD), (False, GRADIENTS)):
-        names = [name for name in got if (name in ("out", "lse")) == forward]
-        if names:
-            select = [{name: results[name] for name in names} for results in [got, want] + naive]
-            assert_close(select[0], select[1], select[2:], dtype, direction, exps)
+    in_two_looks(look, functions)

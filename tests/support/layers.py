@@ -8,7 +8,7 @@ import numpy as np
 from support.jax_engines import in_float64
 
 from flash_attention.core.mechanisms.weights import flatten_params
-from tolerances import FORWARD, GRADIENTS, assert_close
+from tolerances import Draw, assert_draws_close
 
 
 def judge(formula, params, arrays, d_out):
@@ -37,31 +37,24 @@ def _run(formula, params, arrays, d_out, dtype):
     return np.asarray(out), [np.asarray(x) for x in grads], named
 
 
-def check_layer(got, formula, params, arrays, d_out, dtype="float32"):
+def check_layer(got, formula, params, arrays, d_out):
     """Output, input gradients and parameter gradients against the judge; naive: the formula in float32."""
-    check_draws([(got, arrays, d_out)], formula, params, dtype)
+    check_draws([(got, arrays, d_out)], formula, params)
 
 
-def check_draws(runs, formula, params, dtype="float32"):
-    """`check_layer` of several draws ``(got, arrays, d_out)``: the largest error of all, of the naive formula's too."""
-    want = [judge(formula, params, arrays, d_out) for _, arrays, d_out in runs]
-    naive = [_run(formula, params, arrays, d_out, jnp.float32) for _, arrays, d_out in runs]
-    for part, direction in ((0, FORWARD), (1, GRADIENTS)):
-        select = [_stacked(results, part) for results in ([got for got, _, _ in runs], want, naive)]
-        assert set(select[0]) == set(select[1])
-        assert_close(select[0], select[1], [select[2]], dtype, direction)
+def check_draws(runs, formula, params):
+    """`check_layer` of several draws ``(got, arrays, d_out)`` by `tolerances.assert_draws_close`."""
+    draws = []
+    for got, arrays, d_out in runs:
+        want, naive = judge(formula, params, arrays, d_out), _run(formula, params, arrays, d_out, jnp.float32)
+        draws.append(Draw(_named(got), _named(want), [_named(naive)]))
+        assert set(draws[-1].got) == set(draws[-1].want)
+    assert_draws_close(draws, "float32")
 
 
-def _stacked(runs, part):
-    named = [_named(results, part) for results in runs]
-    return {name: np.stack([np.asarray(results[name]) for results in named]) for name in named[0]}
-
-
-def _named(results, part):
+def _named(results):
     out, grads, d_params = results
-    if part == 0:
-        return {"out": out}
-    return dict(d_params, **{"input {}".format(n): x for n, x in enumerate(grads)})
+    return dict(d_params, out=out, **{"input {}".format(n): x for n, x in enumerate(grads)})
 
 
 def dense(params, x):

@@ -117,8 +117,8 @@ def attention(stack, kind, params, x, context=None, mask=None, key_mask=None, at
     seen = jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (learned, 0)), constant_values=True)
     seen = jnp.broadcast_to(seen, mixed.shape)
     if o.sparse_topk is not None:
-        ordered = jnp.sort(jnp.where(seen, mixed, -jnp.inf), -1)[..., ::-1]
-        seen = seen & (mixed >= ordered[..., o.sparse_topk - 1 : o.sparse_topk])
+        order = jnp.argsort(jnp.where(seen, -mixed, jnp.inf), -1)
+        seen = seen & (jnp.argsort(order, -1) < o.sparse_topk)  # by rank: no draw has ties
     alive = seen.any(-1, keepdims=True)
     weights = jnp.where(alive, jax.nn.softmax(jnp.where(alive, jnp.where(seen, mixed, -jnp.inf), 0.0), -1), 0.0)
     if o.talking_heads:

@@ -59,6 +59,29 @@ def local_refusal(given):
     return Reason("local_window_size", None, need, "Use 'flash_attn2' for attention without a window.")
 
 
+def landmark_refusal(is_causal, q_len, kv_len, block_size):
+    """Why landmark attention of the regular pattern cannot compute a call, or None."""
+    if not is_causal:
+        return Reason("causal", False, "True (landmarks stand for past blocks)", "Use 'flash_attn2'.")
+    if q_len > kv_len:
+        lengths = "{} and {}".format(q_len, kv_len)
+        return Reason("sequence length", lengths, "no more queries than keys", "Use 'flash_attn2'.")
+    if block_size < 2:
+        return Reason("block_size", block_size, "at least 2", "A block of 1 is a landmark alone.")
+    return None
+
+
+def dilated_refusal(segment_size, dilation_rate, q_len, kv_len):
+    """Why dilated attention cannot compute a call, or None."""
+    for name, value in (("segment_size", segment_size), ("dilation_rate", dilation_rate)):
+        if value is None:
+            return Reason(name, None, "given", "Use 'flash_attn2' for attention to all tokens.")
+    if q_len != kv_len:
+        lengths = "{} and {}".format(q_len, kv_len)
+        return Reason("sequence length", lengths, "equal for queries and keys", "Use 'flash_attn2'.")
+    return None
+
+
 class Registry:
     """Classes by their ``names``: a name, or a tuple of the name and its aliases. A framework derives its own from it.
 

@@ -216,13 +216,14 @@ def _is_array(x):
     return x is None or hasattr(x, "ndim") or np.ndim(x) > 0
 
 
-def _is_concrete(x):
+def is_concrete(x):
+    """Whether the values of ``x`` can be seen: no tracer."""
     return not isinstance(x, jax.core.Tracer)
 
 
 def checked_mask(layer, mask, name="mask"):
     """A float mask with negative entries was meant to be added: say so, wherever its values can be seen."""
-    if mask is not None and _is_concrete(mask) and jnp.issubdtype(jnp.asarray(mask).dtype, jnp.floating):
+    if mask is not None and is_concrete(mask) and jnp.issubdtype(jnp.asarray(mask).dtype, jnp.floating):
         if np.any(np.asarray(mask) < 0):
             need = "boolean or >= 0 (keep where True or > 0)"
             got, remedy = "a float mask with negative values", "Pass an additive mask as bias=."
@@ -235,7 +236,7 @@ def _check_devices(layer, *tensors):
     placed = [
         (name, sorted(map(str, x.devices())))
         for name, x in zip(("query", "key", "value"), tensors)
-        if isinstance(x, jax.Array) and _is_concrete(x) and x.committed
+        if isinstance(x, jax.Array) and is_concrete(x) and x.committed
     ]
     for name, devices in placed[1:]:
         first, want = placed[0]

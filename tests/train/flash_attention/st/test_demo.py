@@ -61,10 +61,8 @@ def test_training_equals_naive_attention_and_the_twin(engine, naive_losses):
     assert report.curve_difference(losses, naive_losses) < 1e-4
     tokens = tokens_of(settings)
     if training.has("jax"):
-        from model_jax import twin_logits
-
-        difference = twin_logits(settings, trainer.weights(), tokens, "xla") - trainer.logits(tokens)
-        assert np.abs(difference).max() < report.TWIN_BOUND
+        twin = training.load_trainer("jax")(settings, trainer.weights(), "flash", "xla")
+        assert np.abs(twin.logits(tokens) - trainer.logits(tokens)).max() < report.TWIN_BOUND
 
 
 def test_jax_fallback_trains_like_mindspore(naive_losses):
@@ -114,8 +112,10 @@ def test_bounds_decide():
 
 def test_script_from_start_to_end(tmp_path):
     code, printed, stored = run_script(tmp_path, "--tiny", "--steps", "5", "--engine", "portable")
-    for words in ("unigram model: 3.2", "time per step", "peak memory", "loss curves", "sample:", "portable"):
+    wanted = ("unigram model: 3.2", "time per step", "peak memory", "loss curves", "sample:", "portable")
+    for words in wanted + ("with the paged cache", "without a cache"):
         assert words in printed, printed
+    assert len(stored["generation"]) == 1 + training.has("jax")
     assert (len(stored["flash"]["losses"]), len(stored["naive"]["losses"])) == (5, 5)
     failed = [name for name, value, bound in stored["checks"] if not value < bound]
     assert code == (1 if failed else 0), printed

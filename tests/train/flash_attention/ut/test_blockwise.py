@@ -368,7 +368,7 @@ def temporaries(function, *shapes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "gradients"])
-def test_memory_of_the_block_does_not_grow_with_the_square(direction):
+def test_memory_of_the_block_does_not_grow_with_the_square(direction, figure):
     block = BlockwiseParallelJax(**dict(SIZES, q_chunk_size=64, k_chunk_size=64, intermediate_size=512))
     params = block.params
 
@@ -378,7 +378,7 @@ def test_memory_of_the_block_does_not_grow_with_the_square(direction):
     used = [
         temporaries(call if direction == "forward" else jax.grad(call), ((1, n, 16), jnp.float32)) for n in (2048, 8192)
     ]
-    assert used[1] <= 4.4 * used[0]
+    figure("blockwise block, {}: temporary memory, 8,192 / 2,048 tokens".format(direction), used[1] / used[0], 4.4, "x")
     assert used[1] < 8192 * 512 * 4 < 2 * 8192 * 8192 * 4  # below the network's hidden activation and one head's scores
 
 

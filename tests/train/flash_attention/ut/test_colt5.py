@@ -298,10 +298,11 @@ def test_inputs_are_checked():
 
 # --- cost -----------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_cost_is_linear_in_the_length():
+def test_cost_is_linear_in_the_length(figure):
     """Pairs by count, and the memory of the compiled program."""
     light_pairs, heavy_pairs = shared.pairs(8192, 128, 512, 512)
-    assert light_pairs <= 8192 * 129 and heavy_pairs == 512 * 513 and light_pairs + heavy_pairs < 8192**2 / 40
+    assert light_pairs <= 8192 * 129 and heavy_pairs == 512 * 513
+    figure("CoLT5, 8,192 tokens, 512 routed: pairs / dense", (light_pairs + heavy_pairs) / 8192**2, 1 / 40)
     layer = ConditionalRoutedAttention(
         32, num_heavy_tokens_q=64, num_heavy_tokens_kv=64, light_heads=2, heavy_heads=2, light_dim_head=16,
         heavy_dim_head=16,
@@ -312,4 +313,5 @@ def test_cost_is_linear_in_the_length():
         x = jax.ShapeDtypeStruct((1, length, 32), jnp.float32)
         compiled = jax.jit(jax.grad(lambda x: layer(x, params=params).sum())).lower(x).compile()
         used.append(compiled.memory_analysis().temp_size_in_bytes)
-    assert used[1] < 4.5 * used[0] and used[1] < 8192**2 * 4 / 4
+    figure("CoLT5, gradients: temporary memory, 8,192 / 2,048 tokens", used[1] / used[0], 4.5, "x")
+    assert used[1] < 8192**2 * 4 / 4

@@ -51,7 +51,7 @@ def test_masks(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_trains_and_drops(mode):
+def test_trains_drops_saves_and_loads(mode, tmp_path):
     cell = CrossModalBlock(16, 4, dropout=0.2, engine="portable")
     x, target = Tensor(X.astype(np.float32)), Tensor(X_OUT.astype(np.float32))
     with in_mindspore.mode(mode):
@@ -60,6 +60,7 @@ def test_trains_and_drops(mode):
         assert (one != two).any()
         cell.set_train(False)
         np.testing.assert_array_equal(cell(x).asnumpy(), cell(x).asnumpy())
+        in_mindspore.check_checkpoint(cell, CrossModalBlock(16, 4, engine="portable"), x, tmp_path)
 
 
 def test_half_precision():

@@ -11,9 +11,11 @@ from support.dilated import BAD_LAYERS, LAYER, X_OUT, Dilated, X
 from support.layers import attention, check_layer, dense, split
 from support.positions import xpos_judge
 
+from flash_attention.core.errors import UnsupportedError
 from flash_attention.core.mechanisms import dilated as shared
 from flash_attention.core.mechanisms.positions import t5_bucket_table, xpos_reach
-from flash_attention.jax import DilatedAttention, dilated_attention
+from flash_attention.jax import DilatedAttention, FlexibleAttentionModule, dilated_attention
+from flash_attention.tools.bench.cases import geometric_patterns
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
 
@@ -168,13 +170,31 @@ def test_xpos_refuses_a_long_segment_without_causality():
         )
 
 
+def test_mechanism_of_the_registry():
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(0).standard_normal((3, 2, 40, 4, 8)))
+    tensors = {"query_states": q, "key_states": k[:, :, :2], "value_states": v[:, :, :2]}
+    sizes = {"num_attention_heads": 4, "num_kv_heads": 2, "head_dims": 8}
+    patterns = {"segment_size": [8, 16], "dilation_rate": (1, 2)}
+    out = FlexibleAttentionModule(attn_mechanism="dilated", sm_scale=0.5, **sizes, **patterns)(**tensors)
+    shared_heads = (x[:, :, [0, 0, 1, 1]] for x in (k, v))
+    want = dilated_attention(q, *shared_heads, (8, 16), (1, 2), is_causal=True, scale=0.5)
+    np.testing.assert_allclose(out.attention_outputs, want, atol=1e-6)
+    with pytest.raises(UnsupportedError, match="For 'dilated', 'dilation_rate' must be given, but got None"):
+        FlexibleAttentionModule(attn_mechanism="dilated", segment_size=8, **sizes)(**tensors)
+    with pytest.raises(UnsupportedError, match="For 'vanilla', 'segment_size' must be left out"):
+        FlexibleAttentionModule(attn_mechanism="vanilla", segment_size=8, **sizes)(**tensors)
+
+
 # --- cost -----------------------------------------------------------------------------------------
 GEOMETRIC = {"segment_size": (64, 128, 256, 512), "dilation_rate": (1, 2, 4, 8)}
 
 
-def test_pairs_grow_linearly():
+def test_pairs_grow_linearly(figure):
     counts = [shared.pairs_per_head(shared.make_patterns(n, 2, *GEOMETRIC.values()), True) for n in (4096, 8192)]
     assert counts[1] == 2 * counts[0] < 4096 * 64 * 2
+    sizes, rates = geometric_patterns(2**20)
+    pairs = shared.pairs_per_head(shared.make_patterns(2**20, 2, sizes, rates), True)
+    figure("dilated, 1,048,576 tokens, w0 = 2,048: pairs a token", pairs / 2**20, 2 * 2048 / 2)
     # Padding included, and nothing but padding beyond what is seen.
     for n in (512, 700):
         patterns = shared.make_patterns(n, 8, *GEOMETRIC.values())
@@ -183,14 +203,16 @@ def test_pairs_grow_linearly():
 
 
 @pytest.mark.slow
-def test_compiled_flops_double_with_the_length():
+def test_compiled_flops_double_with_the_length(figure):
     def flops(n):
         x = jax.ShapeDtypeStruct((1, n, 8, 16), jnp.float32)
         call = functools.partial(dilated_attention, **GEOMETRIC, is_causal=True, implementation="reference")
         cost = jax.jit(call).lower(x, x, x).compile().cost_analysis()
         return (cost[0] if isinstance(cost, list) else cost)["flops"]
 
-    assert 1.8 < flops(2048) / flops(1024) < 2.2
+    growth = flops(2048) / flops(1024)
+    assert growth > 1.8
+    figure("dilated: compiled FLOPs, 2,048 / 1,024 tokens", growth, 2.2, "x")
 
 
 # --- the published examples -----------------------------------------------------------------------

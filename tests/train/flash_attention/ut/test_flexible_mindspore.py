@@ -11,7 +11,13 @@ from flash_attention.core.errors import UnsupportedError
 from flash_attention.core.registry import ARGUMENTS
 from flash_attention.core.spec import KEYWORDS, Operands
 from flash_attention.core.validation import Options, TensorInfo, make_spec
-from flash_attention.nn import FlexibleAttention, Mechanism, MechanismRegistry, dilated_attention
+from flash_attention.nn import (
+    FlexibleAttention,
+    FusedLandmarkAttention,
+    Mechanism,
+    MechanismRegistry,
+    dilated_attention,
+)
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu, pytest.mark.platform_arm_ascend_training]
 NAMES = MechanismRegistry.list_implementations()
@@ -26,7 +32,7 @@ CALLED = {  # keyword of a mechanism -> keyword of the Cell, where they differ
     "q_segment_ids": "segment_ids",
 }
 STATIC = set(Options.__dataclass_fields__) - {"q_offset"}
-ALWAYS = {"triangle": {"is_causal": True}, "local": {"local_window_size": (9, 9)}}
+ALWAYS = {"triangle": {"is_causal": True}, "landmark": {"is_causal": True}, "local": {"local_window_size": (9, 9)}}
 NO_EFFECT = {("triangle", "next_block_num")}  # causality hides later blocks already
 OVER_RANKS = (
     "bias", "sinks", "q_segment_ids", "kv_segment_ids", "query_seq_lengths", "key_value_seq_lengths", "q_offset",
@@ -36,7 +42,24 @@ REFUSES = {
     "ring": OVER_RANKS,
     "ulysses": OVER_RANKS,
     "dilated": tuple(set(ARGUMENTS) - {"scale", "is_causal"}),
+    "landmark": tuple(set(ARGUMENTS) - {"scale", "is_causal"}),  # block_size too: its example moves a window
 }
+
+
+def dilated(query, key, value, **arguments):
+    """What 'dilated' with the sizes of :func:`build` must give."""
+    key, value = (x.repeat_interleave(N // K, 2) for x in (key, value))
+    return dilated_attention(query, key, value, 8, 2, **arguments)
+
+
+def landmark(query, key, value, is_causal=True, scale=None):
+    """What 'landmark' with the block size of :func:`build` must give."""
+    key, value = (x.repeat_interleave(N // K, 2) for x in (key, value))
+    tensors = (x.swapaxes(1, 2) for x in (query, key, value))
+    return FusedLandmarkAttention(sm_scale=scale, block_size=8)(*tensors).swapaxes(1, 2)
+
+
+OTHERS = {"dilated": dilated, "landmark": landmark}  # they see other keys than the formula does
 
 
 def build(name, arguments, **more):
@@ -46,15 +69,9 @@ def build(name, arguments, **more):
     tensors = {CALLED.get(key, key): Tensor(x) for key, x in arguments.items() if key not in STATIC}
     if name == "dilated":
         static.update(segment_size=8, dilation_rate=2)
-    return FlexibleAttention(name, N, D, N if name == "dilated" else K, **static, **more).set_train(), tensors
-
-
-def inputs(name):
-    """query, key, value; 'dilated' has no shared heads."""
-    query, key, value = draws()
-    if name == "dilated":
-        key, value = (np.repeat(x, N // K, axis=2) for x in (key, value))
-    return [Tensor(x) for x in (query, key, value)]
+    if name == "landmark":
+        static.setdefault("block_size", 8)
+    return FlexibleAttention(name, N, D, K, **static, **more).set_train(), tensors
 
 
 def formula(name, arguments):
@@ -100,19 +117,19 @@ PAIRS = [
 @pytest.mark.parametrize("name, argument", PAIRS)
 def test_honoured_or_refused(name, argument):
     cell, keywords = build(name, EXAMPLES[argument])
-    tensors = inputs(name)
+    tensors = [Tensor(x) for x in draws()]
     if argument in REFUSES.get(name, ()):
         with pytest.raises(UnsupportedError) as caught:
             cell(*tensors, **keywords)
         assert str(caught.value).startswith("For '{}', '".format(name)) and "left out" in str(caught.value)
         return
-    if name == "dilated":
-        want = [dilated_attention(*tensors, 8, 2, **EXAMPLES[argument]).asnumpy()]
+    if name in OTHERS:
+        want = [OTHERS[name](*tensors, **EXAMPLES[argument]).asnumpy()]
     else:
         want = formula(name, EXAMPLES[argument])
     out = cell(*tensors, **keywords).asnumpy()
     assert np.abs(out - want[0]).max() < 5e-6
-    if argument not in ALWAYS.get(name, {}) and (name, argument) not in NO_EFFECT and name != "dilated":
+    if argument not in ALWAYS.get(name, {}) and (name, argument) not in NO_EFFECT and name not in OTHERS:
         without = EXAMPLES["dropout_rate"] if argument == "dropout_seed" else {}
         assert np.abs(out - formula(name, without)[0]).max() > 1e-2, "the example of {} changes nothing".format(
             argument
@@ -121,7 +138,7 @@ def test_honoured_or_refused(name, argument):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["pynative", "graph"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "dilated"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OTHERS])
 def test_gradients(name, how):
     arguments = {
         key: x for each in ("is_causal", "mask", "alibi_slopes", "dropout_rate") for key, x in EXAMPLES[each].items()
@@ -161,6 +178,7 @@ REASONS = {
     ),
     "For 'local', 'local_window_size' must be given, or prev_block_num or next_block_num": ("local", {}),
     "For 'dilated', 'segment_size' must be given, but got None. Use 'flash_attn2'": ("dilated", {}),
+    "For 'landmark', 'causal' must be True .landmarks stand for past blocks.": ("landmark", {"causal": False}),
     "For 'vanilla', 'engine' must be left out": ("vanilla", {"engine": "portable"}),
     "For 'flash_attn2', 'group' must be left out": ("flash_attn2", {"group": "some"}),
     "For 'flash_attn2', 'segment_size' must be left out": ("flash_attn2", {"segment_size": 4}),

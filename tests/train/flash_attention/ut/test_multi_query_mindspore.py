@@ -99,6 +99,15 @@ def test_cached_decoding_equals_the_full_call(mode):
     assert cache[0].shape == (2, 9, 2, 4)
 
 
+@pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
+def test_trains_saves_and_loads(mode, tmp_path):
+    cell, other = (MultiQueryAttention(16, H, kv_heads=2, causal=True, engine="portable") for _ in range(2))
+    x = _tensor(X)
+    with in_mindspore.mode(mode):
+        in_mindspore.check_training(cell, x, _tensor(D_OUT))
+        in_mindspore.check_checkpoint(cell, other, x, tmp_path)
+
+
 def test_context_mask_and_half_precision():
     cell = MultiQueryAttention(16, H, dim_head=8, dtype=ms.float16)
     context = np.array(D_OUT)
@@ -162,6 +171,13 @@ def test_triangle_reads_only_the_lower_blocks():
     k[:, :, 512:], v[:, :, 512:] = np.nan, np.nan
     out, _ = in_mindspore.run(TriangleAttention(engine="portable"), [q, k, v], d_out)
     np.testing.assert_array_equal(out[:, :, :256], want[:, :, :256])
+
+
+def test_triangle_in_half_precision():
+    q, k, v = rng.standard_normal((3, 1, 2, 40, 8)).astype(np.float16)
+    out, grads = in_mindspore.run(TriangleAttention(engine="portable"), [100 * q, k, v], np.ones(q.shape), "float16")
+    assert np.isfinite(out).all() and all(np.isfinite(grad).all() for grad in grads)
+    assert TriangleAttention(engine="portable")(*map(Tensor, (q, k, v))).dtype == ms.float16
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -149,6 +149,8 @@ def test_plan_predicts_the_ascend_kernels(capsys):
         got = cost.predict(spec, direction)
         assert "{} kernel\n{}\n".format(direction, got.budget) in text
         assert "{:.3f} ms, {:.0f} TFLOPS".format(1e3 * got.seconds, got.tflops) in text
+    front = "kernel in front of the backward one: {:.3f} ms".format(1e3 * cost.predict(spec, "preprocess").seconds)
+    assert front in text
     assert all(scenario.name in text for scenario in cost.SCENARIOS)
     assert "not measured on a device" in text
 
@@ -335,6 +337,24 @@ def test_judge_finds_a_wrong_row(row):
     spoilt[-1, -1, row] = np.nan
     assert judge.error(case, arrays, spoilt)["out"] == float("inf")
     assert judge.error(case, arrays, None, d_query)["d_query"] < 1e-12
+
+
+@needs_jax
+@pytest.mark.parametrize(
+    "candidate",
+    ["hash4", "dilated"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("qk50", "landmark", "blockwise")],
+)
+def test_judge_knows_what_mechanisms_see(candidate):
+    from flash_attention.tools.bench import in_jax
+
+    case = Case(1, 2, 4200 if candidate == "dilated" else 300, 16, causal=True)
+    arrays = case.arrays()
+    call, results = in_jax.build(case, "fwd+bwd", candidate, arrays)
+    call()
+    found = judge.error(case, arrays, *results(), candidate)
+    assert set(found) == {"out", "d_query"} and max(found.values()) < 1e-5
+    if candidate != "blockwise":
+        assert judge.error(case, arrays, *results())["out"] > 1e-2  # it is not plain attention
 
 
 # --- bench: rounds --------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ def test_token_embedding_positions_and_logits():
     assert float(jnp.abs(shifted - logits).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_tied_embedding_sinusoidal_positions_and_sums():
     net = model(tie_embedding=True, scaled_sinu_pos_emb=True)
     params = net.params
@@ -134,12 +135,20 @@ def test_cached_decoding_equals_the_whole_sequence(name):
 
 
 def test_generation():
-    """Cached or not the same tokens; greedy tokens are the largest logits; nothing but padding after the end."""
+    """Cached or not the same tokens."""
     wrapper = AutoregressiveWrapper(model(decoder(alibi_pos_bias=True)), pad_value=10)
     prompt = TOKENS[:, :4]
     drawn = wrapper.generate(prompt, 6, temperature=0.9, top_k=5, seed=3)
     assert drawn.shape == (2, 6) and drawn.dtype == jnp.int32
     np.testing.assert_array_equal(drawn, wrapper.generate(prompt, 6, temperature=0.9, top_k=5, seed=3, cache_kv=False))
+
+
+@pytest.mark.slow
+def test_greedy_tokens_and_the_end():
+    """Greedy tokens are the largest logits; nothing but padding after the end."""
+    wrapper = AutoregressiveWrapper(model(decoder(alibi_pos_bias=True)), pad_value=10)
+    prompt = TOKENS[:, :4]
+    drawn = wrapper.generate(prompt, 6, temperature=0.9, top_k=5, seed=3)
     greedy = wrapper.generate(prompt[0], 3, temperature=0.0)
     tokens = list(prompt[0])
     for token in np.asarray(greedy):

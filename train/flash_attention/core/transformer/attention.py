@@ -154,7 +154,8 @@ class AttentionOptions:
             return Path(MECHANISM, "attention={!r} computes the softmax".format(self.attention))
         rows = [name for name in ("talking_heads", "sparse_topk") if is_set(self, name)]
         if rows:
-            why = "{} needs whole rows of weights; memory O({} x Nk) a head".format(" and ".join(rows), QUERY_TILE)
+            verb = "need" if len(rows) > 1 else "needs"
+            why = "{} {} whole rows of weights; memory O({} x Nk) a head".format(" and ".join(rows), verb, QUERY_TILE)
             return Path(FORMED, why)
         if self.flash is False:
             return Path(FORMED, "flash=False; memory O({} x Nk) a head".format(QUERY_TILE))

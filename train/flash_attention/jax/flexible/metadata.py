@@ -38,6 +38,7 @@ class AttentionMetadata(Record):
         dropout_prob: probability of dropping a weight in training, default 0.
         blocksize_q, blocksize_k: compute tile of 'blockwise', default 512 and 1024; never changes a result.
         blocksize_b: batch rows a step, must be 1.
+        segment_size, dilation_rate: of 'dilated', see FlexibleAttentionModule; None (default) for all others.
     """
 
     runtime_dtype: Any = ...
@@ -56,6 +57,8 @@ class AttentionMetadata(Record):
     blocksize_q: int = ...
     blocksize_k: int = ...
     blocksize_b: int = ...
+    segment_size: Any = None
+    dilation_rate: Any = None
 
     def __post_init__(self):
         if self.base_config is None and (self.mesh is None or self.mesh is ...):
@@ -65,6 +68,9 @@ class AttentionMetadata(Record):
         for name, default in (("runtime_dtype", None), ("runtime_softmax_dtype", jnp.float32)):
             value = getattr(self, name) or default
             object.__setattr__(self, name, None if value is None else jnp.dtype(value))
+        for name in ("segment_size", "dilation_rate"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         self._check()
 
     def _check(self):

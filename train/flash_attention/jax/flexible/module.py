@@ -54,6 +54,8 @@ class FlexibleAttentionModule:
         local_window_size, prev_block_num, next_block_num, block_size, logits_soft_cap: of every call, as in
             ``flash_attention.jax.flash_attention``.
         alibi: add ALiBi with the slopes of Press et al. for N heads.
+        segment_size, dilation_rate: of 'dilated', ints or sequences of them, as in
+            ``flash_attention.jax.dilated_attention``; None for every other mechanism.
 
     Raises:
         ValueError, TypeError: bad argument, in MindSpore's wording.
@@ -93,6 +95,8 @@ class FlexibleAttentionModule:
         block_size=128,
         logits_soft_cap=None,
         alibi=False,
+        segment_size=None,
+        dilation_rate=None,
     ):
         config = _one_of("base_config", base_config, "base_module_class", base_module_class)
         heads = _one_of("num_q_heads", num_q_heads, "num_attention_heads", num_attention_heads)
@@ -143,6 +147,8 @@ class FlexibleAttentionModule:
             blocksize_q=given("blocksize_q", blocksize_q, 64),
             blocksize_k=given("blocksize_k", blocksize_k, 128),
             blocksize_b=given("blocksize_b", blocksize_b, 1),
+            segment_size=segment_size,
+            dilation_rate=dilation_rate,
         )
         self.impl = AttentionRegistry.create(self.attn_mechanism, self.metadata)
         if self.force_float32_tpu and self.impl.current_backend() == "tpu":

@@ -52,10 +52,12 @@ class AttentionImpl:
     Attributes:
         names: the name and aliases.
         exact: True when the mechanism is softmax attention over all visible keys, so that the formula judges it.
+        takes: fields of the metadata that it alone honours, of ``segment_size`` and ``dilation_rate``.
     """
 
     names = ()
     exact = True
+    takes = ()
 
     def __init__(self, metadata):
         self.metadata = metadata
@@ -96,6 +98,10 @@ class AttentionImpl:
 
     def refuses(self, query, key, value, arguments):
         """The Reason why this call cannot run here, or None; ``arguments``: the keywords of ARGUMENTS that are set."""
+        for name in ("segment_size", "dilation_rate"):
+            setting = getattr(self.metadata, name)
+            if setting is not None and name not in self.takes:
+                return not_taken(name, setting)
         takes = inspect.signature(self.forward_method()).parameters
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
             for name in arguments:

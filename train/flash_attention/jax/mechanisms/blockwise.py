@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from flash_attention.core.errors import invalid_value
 from flash_attention.core.mechanisms import blockwise as shared
 from flash_attention.core.spec import Operands
 from flash_attention.core.validation import Options, check_bool
 from flash_attention.jax.functional import attend
 from flash_attention.jax.mechanisms.chunks import over_chunks, rematerialised
+from flash_attention.jax.mechanisms.layers import seed_of
 
 
 def blockwise_compute_attn(
@@ -116,13 +116,6 @@ def blockwise_compute_ffn(
 def engine_for(query):
     """The engine of a call: float64 has the plain formula alone, the judge, which forms all scores."""
     return "reference" if query.dtype == jnp.float64 else None
-
-
-def seed_of(layer, rng):
-    """The uint32 dropout seed of a PRNG key; raises when there is none."""
-    if rng is None:
-        raise invalid_value(layer, "dropout_rng", "a PRNG key when dropout acts", None)
-    return jax.random.bits(rng, (), "uint32")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

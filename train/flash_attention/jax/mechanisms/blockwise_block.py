@@ -6,15 +6,14 @@ Scan over query chunks [ core call over all keys -> projection -> residual -> fe
 import jax
 import jax.numpy as jnp
 
-from flash_attention.core import dropout
 from flash_attention.core.errors import invalid_value
 from flash_attention.core.mechanisms import blockwise as shared
 from flash_attention.core.spec import Operands
 from flash_attention.core.validation import Options, check_bool
 from flash_attention.jax.functional import attend, checked_mask
-from flash_attention.jax.mechanisms.blockwise import engine_for, seed_of
+from flash_attention.jax.mechanisms.blockwise import engine_for
 from flash_attention.jax.mechanisms.chunks import over_chunks, rematerialised
-from flash_attention.jax.mechanisms.layers import Layer, dense, dense_init, layer_norm, norm_init
+from flash_attention.jax.mechanisms.layers import Layer, dense, dense_init, dropped, layer_norm, norm_init, seed_of
 from flash_attention.jax.mechanisms.positions import rotary
 
 LAYER = "BlockwiseParallelJax"
@@ -207,8 +206,8 @@ class BlockwiseParallelJax(Layer):
             query = jnp.swapaxes(query, 1, 2)
             attended = attend(LAYER, query, key, value, operands, options, engine_for(query))[0]
             attended = jnp.swapaxes(attended, 1, 2).reshape(x.shape)
-            h = x + _dropped(dense(params["to_out"], attended, self.dtype), rates[1], seeds[1], first)
-            return carry, h + _dropped(self.forward_ffn(h, params=params), rates[1], seeds[2], first)
+            h = x + dropped(dense(params["to_out"], attended, self.dtype), rates[1], seeds[1], first)
+            return carry, h + dropped(self.forward_ffn(h, params=params), rates[1], seeds[2], first)
 
         rows = jnp.swapaxes(mask, 1, 2) if by_row else None
         body = rematerialised(chunk, self.policy, self.prevent_cse)
@@ -264,12 +263,3 @@ def _written(cache, key, value, index):
         "value": jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), place),
         "index": index + key.shape[2],
     }
-
-
-def _dropped(x, rate, seed, first):
-    """Inverted dropout of (B, chunk, E) whose mask depends on the position in the sequence, not on the chunk."""
-    if not rate:
-        return x
-    b, i, j = jnp.ogrid[: x.shape[0], : x.shape[1], : x.shape[2]]
-    keep = dropout.keep(jnp, seed, b, 0, i + first, j, rate)
-    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)

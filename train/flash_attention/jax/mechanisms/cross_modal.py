@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from flash_attention.core.errors import invalid_value
 from flash_attention.core.mechanisms import cross_modal as shared
 from flash_attention.jax.functional import flash_attention
-from flash_attention.jax.mechanisms.layers import Layer, dense, dense_init, layer_norm, norm_init
+from flash_attention.jax.mechanisms.layers import Layer, dense, dense_init, layer_norm, norm_init, seed_of
 
 
 class CrossModalAttention(Layer):
@@ -69,13 +68,11 @@ class CrossModalAttention(Layer):
                 for y, name in ((key, "bias_k"), (value, "bias_v"))
             )
         rate = 0.0 if deterministic else self.dropout
-        if rate and dropout_rng is None:
-            raise invalid_value(shared.LAYER, "dropout_rng", "a PRNG key when dropout acts", None)
         out = flash_attention(
             *(y.reshape(y.shape[:2] + (self.num_heads, -1)) for y in (query, key, value)),
             mask=mask,
             dropout_rate=rate,
-            dropout_seed=jax.random.bits(dropout_rng, (), "uint32") if rate else None,
+            dropout_seed=seed_of(shared.LAYER, dropout_rng) if rate else None,
         )
         return dense(params["to_out"], out.reshape(query.shape), self.dtype)
 

@@ -5,12 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from flash_attention.core import dropout
 from flash_attention.core.errors import invalid_value
 from flash_attention.core.mechanisms import dilated as shared
 from flash_attention.core.mechanisms.positions import rotate
 from flash_attention.jax.functional import flash_attention
-from flash_attention.jax.mechanisms.layers import Layer, dense, dense_init
+from flash_attention.jax.mechanisms.layers import Layer, dense, dense_init, dropped, seed_of
 
 LAYER = "dilated_attention"
 
@@ -305,7 +304,7 @@ class DilatedAttention(Layer):
         out = attend(query, key, value, rel_pos_table=table).reshape(x.shape)
         if self.dropout and not deterministic:
             first = 0 if self.axis_name is None else jax.lax.axis_index(self.axis_name) * x.shape[1]
-            out = _dropped(out, self.dropout, dropout_rng, first)
+            out = dropped(out, self.dropout, seed_of("DilatedAttention", dropout_rng), first)
         return dense(params["to_out"], out, self.dtype)
 
 
@@ -323,12 +322,3 @@ def _axis(distributed, name):
         need = "the mesh axis that splits the sequence, with Distributed=True on several devices"
         raise invalid_value("DilatedAttention", "axis_name", need, None)
     return name
-
-
-def _dropped(x, rate, rng, first):
-    """Dropout by position (batch, token, feature), the same however many devices; ``first``: number of x's token 0."""
-    if rng is None:
-        raise invalid_value("DilatedAttention", "dropout_rng", "a PRNG key when dropout acts", None)
-    b, i, j = jnp.ogrid[: x.shape[0], : x.shape[1], : x.shape[2]]
-    keep = dropout.keep(jnp, jax.random.bits(rng, (), "uint32"), b, 0, i + first, j, rate)
-    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)

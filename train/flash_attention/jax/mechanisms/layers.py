@@ -1,4 +1,4 @@
-"""What the JAX layers share: parameters as a plain pytree of dicts, and the linear projection.
+"""What the JAX layers share: parameters as a plain pytree of dicts, projections and norms, dropout by position.
 
 Names and axes are those of the MindSpore Cells, so that ``core.mechanisms.weights`` carries weights across.
 """
@@ -7,6 +7,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+
+from flash_attention.core import dropout
+from flash_attention.core.errors import invalid_value
 
 DEFAULT_SEED = 0
 
@@ -65,3 +68,23 @@ def layer_norm(params, x, epsilon, dtype):
 def norm_init(width):
     """Parameters of :func:`layer_norm`."""
     return {"weight": jnp.ones(width), "bias": jnp.zeros(width)}
+
+
+def seed_of(layer, rng):
+    """The uint32 dropout seed of a PRNG key; raises when there is none."""
+    if rng is None:
+        raise invalid_value(layer, "dropout_rng", "a PRNG key when dropout acts", None)
+    return jax.random.bits(rng, (), "uint32")
+
+
+def dropped(x, rate, seed, first):
+    """Inverted dropout of x (B, N, E) by batch row, token and feature: the same however the sequence is cut.
+
+    Args:
+        seed: uint32; not used where ``rate`` is 0. first: number of x's token 0 in the whole sequence.
+    """
+    if not rate:
+        return x
+    b, i, j = jnp.ogrid[: x.shape[0], : x.shape[1], : x.shape[2]]
+    keep = dropout.keep(jnp, seed, b, 0, i + first, j, rate)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)

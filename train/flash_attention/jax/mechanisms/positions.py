@@ -1,10 +1,10 @@
 """Position encodings in JAX: rotary, xPos, T5's relative bias, ALiBi's dense bias. Tables: `core.mechanisms`."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flash_attention.core.mechanisms import positions as tables
+from flash_attention.jax.functional import is_concrete
 
 
 def rotary(x, positions=None, *, base=10000.0, interleaved=True, dims=None):
@@ -48,7 +48,7 @@ def xpos(x, offset=0, downscale=False, scale_base=512, segment=None):
     Raises:
         ValueError: an odd d, or a length at which the factors overflow.
     """
-    known = not isinstance(offset, jax.core.Tracer)
+    known = is_concrete(offset)
     length = x.shape[-2] + (int(offset) if known else offset)
     tables.check_xpos("xpos", x.shape[-1], length if known else None, str(x.dtype), downscale, scale_base, segment)
     xp, positions = _exact(np.arange(x.shape[-2]) + offset, x.dtype)
@@ -86,7 +86,7 @@ def alibi_bias(heads, q_len, kv_len, alibi_num_heads=None):
 
 def _exact(positions, dtype):
     """``(namespace, float positions)``: known positions are numpy float64, traced ones at least float32."""
-    if isinstance(positions, jax.core.Tracer):
+    if not is_concrete(positions):
         return jnp, positions.astype(jnp.promote_types(dtype, jnp.float32))
     return np, np.asarray(positions).astype(np.float64)
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from flash_attention.core.mechanisms import sparse as shared
 from flash_attention.core.spec import AttentionSpec, Operands
-from flash_attention.core.validation import check_scale
+from flash_attention.core.validation import scale_or_default
 from flash_attention.jax.engines import reference, xla
-from flash_attention.jax.functional import describe
+from flash_attention.jax.functional import describe, is_concrete
 
 TILE = (256, 256)
 """Queries and keys of a compute tile: smaller ones skip more where intervals are short, but multiply more slowly."""
@@ -54,7 +54,7 @@ def hash_sparse_attention(q, k, v, q_bucket_idx, k_bucket_idx, sm_scale=None):
     layer = "hash_sparse_attention"
     tensors = [jnp.asarray(x) for x in (q, k, v, q_bucket_idx, k_bucket_idx)]
     shared.check_call(layer, "hash", ("q_bucket_idx", "k_bucket_idx"), *map(describe, tensors))
-    return _hash(_scale(layer, sm_scale, q), *tensors)
+    return _hash(scale_or_default(layer, "sm_scale", sm_scale, np.shape(q)[-1]), *tensors)
 
 
 def qk_sparse_attention(q, k, v, q_keep, k_keep, sm_scale=None, *, buffer_size=None):
@@ -72,7 +72,7 @@ def qk_sparse_attention(q, k, v, q_keep, k_keep, sm_scale=None, *, buffer_size=N
     sizes = shared.check_buffer_size(layer, buffer_size, (tensors[0].shape[1], tensors[1].shape[1]))
     for flags, size in zip(tensors[3:], sizes):
         _check_fits(layer, flags, size)
-    return _qk(_scale(layer, sm_scale, q), sizes, *tensors)
+    return _qk(scale_or_default(layer, "sm_scale", sm_scale, np.shape(q)[-1]), sizes, *tensors)
 
 
 def compact(keep_tensor=None, x=None, index=None, *, buffer_size=None):
@@ -94,7 +94,7 @@ def compact(keep_tensor=None, x=None, index=None, *, buffer_size=None):
         return jnp.take_along_axis(jnp.asarray(x), jnp.asarray(index)[..., None], axis=1), index, None
     size, _ = shared.check_buffer_size("compact", buffer_size, np.shape(x)[1:2] * 2)
     _check_fits("compact", keep_tensor, size)
-    if buffer_size is None and _is_concrete(keep_tensor):
+    if buffer_size is None and is_concrete(keep_tensor):
         size = shared.most_kept(np.asarray(keep_tensor))
     x = jnp.asarray(x)
     index, _, counts = _compaction(keep_tensor, size)
@@ -138,7 +138,7 @@ def hash_sparse_attention_kernel(q, k, v, q_idx, k_idx, q_hash, k_hash, sm_scale
     shared.check_kernel(layer, names, list(map(describe, tensors)), list(map(describe, indices)))
     for position, bucket, name in ((q_idx, q_hash, "q_hash"), (k_idx, k_hash, "k_hash")):
         _check_order(layer, name, bucket, position)
-    return _over_buckets(_scale(layer, sm_scale, q), *tensors, *indices)
+    return _over_buckets(scale_or_default(layer, "sm_scale", sm_scale, np.shape(q)[-1]), *tensors, *indices)
 
 
 def qk_sparse_attention_kernel(q, k, v, q_idx, k_idx, sm_scale=None):
@@ -156,11 +156,11 @@ def qk_sparse_attention_kernel(q, k, v, q_idx, k_idx, sm_scale=None):
     layer = "qk_sparse_attention_kernel"
     tensors, indices = [jnp.asarray(x) for x in (q, k, v)], [jnp.asarray(x) for x in (q_idx, k_idx)]
     shared.check_kernel(layer, ("q_idx", "k_idx"), list(map(describe, tensors)), list(map(describe, indices)))
-    if _is_concrete(q_idx):
+    if is_concrete(q_idx):
         last = np.where(np.asarray(q_idx) == shared.QUERY_PAD, shared.KEY_PAD, q_idx)
         _check_order(layer, "q_idx", last)
     _check_order(layer, "k_idx", k_idx)
-    return _over_kept(_scale(layer, sm_scale, q), *tensors, *indices)
+    return _over_kept(scale_or_default(layer, "sm_scale", sm_scale, np.shape(q)[-1]), *tensors, *indices)
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -269,19 +269,11 @@ _take.defvjp(_take_fwd, _take_bwd)
 
 
 # --- checks of values, where these are concrete ---------------------------------------------------------------------
-def _is_concrete(x):
-    return not isinstance(x, jax.core.Tracer)
-
-
 def _check_fits(layer, keep, size):
-    if _is_concrete(keep):
+    if is_concrete(keep):
         shared.check_fits(layer, np.asarray(keep), size)
 
 
 def _check_order(layer, name, *columns):
-    if all(map(_is_concrete, columns)):
+    if all(map(is_concrete, columns)):
         shared.check_order(layer, name, *map(np.asarray, columns))
-
-
-def _scale(layer, sm_scale, q):
-    return float(np.shape(q)[-1]) ** -0.5 if sm_scale is None else check_scale(layer, sm_scale, "sm_scale")

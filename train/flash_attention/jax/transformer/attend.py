@@ -223,8 +223,10 @@ def _visible(options, call, rows, distance, learned):
 def _softmax(scores, top):
     """Softmax of a row whose hidden scores are -inf, over its ``top`` largest; a row without any is 0."""
     if top is not None and top < scores.shape[-1]:
-        least = jax.lax.top_k(jax.lax.stop_gradient(scores), top)[0][..., -1:]
-        scores = jnp.where(scores >= least, scores, -jnp.inf)
+        largest, places = jax.lax.top_k(jax.lax.stop_gradient(scores), top)
+        # XLA may compute the compared scores with other roundings than the ranked ones: those stay by place.
+        found = jnp.put_along_axis(jnp.zeros(scores.shape, bool), places, True, -1, inplace=False)
+        scores = jnp.where(found | (scores >= largest[..., -1:]), scores, -jnp.inf)
     peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
     total = weights.sum(-1, keepdims=True)

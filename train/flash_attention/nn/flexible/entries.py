@@ -1,11 +1,19 @@
 """Mechanisms that are the core call with something fixed, over one process or over several."""
 
-from flash_attention.core.errors import Reason
-from flash_attention.core.registry import ARGUMENTS, local_refusal, triangle_refusal
+from mindspore import ops
+
+from flash_attention.core.registry import (
+    ARGUMENTS,
+    dilated_refusal,
+    landmark_refusal,
+    local_refusal,
+    triangle_refusal,
+)
 from flash_attention.nn.flexible.registry import Mechanism, MechanismRegistry
 from flash_attention.nn.layer.dilated import dilated_attention
+from flash_attention.nn.layer.landmark import FusedLandmarkAttention
 from flash_attention.ops.context import context_attention
-from flash_attention.ops.functional import flash_attention, swap
+from flash_attention.ops.functional import computable, flash_attention, swap
 
 _BSND = (1, 2)  # the axes that lead to BNSD
 EVERYTHING = tuple(ARGUMENTS) + ("engine",)
@@ -139,15 +147,39 @@ class Dilated(Mechanism):
 
     @classmethod
     def supports(cls, settings, query, key, given):
-        for name in ("segment_size", "dilation_rate"):
-            if name not in given:
-                return Reason(name, None, "given", "Use 'flash_attn2' for attention to all tokens.")
-        if query[2] != key[2]:
-            return Reason("num_kv_heads", key[2], "num_attention_heads = {}".format(query[2]), "Repeat the heads.")
-        return None
+        return dilated_refusal(settings.segment_size, settings.dilation_rate, query[1], key[1])
 
     def construct(self, query, key, value, *rest):
         return dilated_attention(
-            query, key, value, self.segment_size, self.dilation_rate, is_causal=self.is_causal,
-            scale=self.scale, engine=self.engine,
+            query, repeat_heads(key, query), repeat_heads(value, query), self.segment_size, self.dilation_rate,
+            is_causal=self.is_causal, scale=self.scale, engine=self.engine,
         )  # fmt: skip
+
+
+@MechanismRegistry.register
+class Landmark(Mechanism):
+    """Landmark attention (Mohtashami and Jaggi, 2023): causal, the last of every ``block_size`` keys is a landmark."""
+
+    names = "landmark"
+    takes = ("scale", "is_causal", "block_size")
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.attend = FusedLandmarkAttention(sm_scale=settings.scale, block_size=settings.block_size)
+
+    @classmethod
+    def supports(cls, settings, query, key, given):
+        return landmark_refusal(settings.is_causal, query[1], key[1], settings.block_size)
+
+    def construct(self, query, key, value, *rest):
+        key, value = repeat_heads(key, query), repeat_heads(value, query)
+        return swap(self.attend(swap(query, _BSND), swap(key, _BSND), swap(value, _BSND)), _BSND)
+
+
+def repeat_heads(x, query):
+    """(B, S, K, D) with each head as often as heads of ``query`` (B, T, N, D) share it: 0, 0, 1, 1."""
+    batch, length, heads, dim = x.shape
+    group = query.shape[2] // heads
+    if group == 1:
+        return x
+    return ops.tile(ops.expand_dims(computable(x), 3), (1, 1, 1, group, 1)).reshape((batch, length, -1, dim))

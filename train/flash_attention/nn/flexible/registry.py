@@ -94,7 +94,6 @@ class MechanismRegistry(Registry):
     _aliases = {}
     absent = {
         "cudnn": "It belongs to the JAX twin; 'sdpa' takes the best engine of this device.",
-        "landmark": "It has a Cell of its own here, flash_attention.nn.FusedLandmarkAttention.",
         "sharded_vanilla": "It pins layouts on a JAX mesh; here 'vanilla' is sharded by MindSpore's strategies.",
         "splash": "It is a TPU kernel of JAX; 'flash_attn2' is the same attention.",
     }

@@ -6,6 +6,7 @@ from typing import Optional, Tuple
 import numpy as np
 
 from flash_attention.core.alibi import alibi_slopes
+from flash_attention.core.mechanisms.dilated import make_patterns
 from flash_attention.core.ranges import visible
 from flash_attention.core.spec import NO_LIMIT, AttentionSpec
 
@@ -165,6 +166,40 @@ def sparse_indices(case, candidate):
     if candidate in BUCKETS:
         return ("hash",) + tuple(rng.integers(0, BUCKETS[candidate], shape).astype(np.int32))
     return ("qk",) + tuple(rng.random(shape) < KEPT[candidate])
+
+
+LANDMARK_BLOCK = 64
+"""Landmark attention's regular pattern: the last of so many keys is a landmark."""
+
+
+def pair_counts(case, candidate, start, rows):
+    """How often the last head's queries ``start ..`` see each key under a mechanism, (1, 1, rows, S); None = once.
+
+    A mechanism that sees a key several times weighs it as often (dilated attention's mixture of patterns).
+    """
+    i, j = np.arange(start, start + rows)[:, None], np.arange(case.q_len)[None, :]
+    if candidate in BUCKETS or candidate in KEPT:
+        mode, q_idx, k_idx = sparse_indices(case, candidate)
+        q_idx, k_idx = q_idx[-1, start : start + rows, -1, None], k_idx[-1, None, :, -1]
+        counts = (q_idx == k_idx) if mode == "hash" else (q_idx & k_idx)
+    elif candidate == "dilated":
+        counts, head = np.zeros((rows, case.q_len), np.int64), case.heads - 1
+        for pattern in make_patterns(case.q_len, case.heads, *geometric_patterns(case.q_len)):
+            kept = pattern.kept()[head]
+            counts += kept[i] & kept[j] & (i // pattern.segment == j // pattern.segment)
+    else:
+        return None
+    return np.where(i >= j, counts, 0)[None, None]
+
+
+LAYERS = ("colt5", "dense layer")
+"""Candidates with parameters."""
+
+
+def same_pairs(candidate):
+    """Whether a candidate computes the pairs of the plain call, which :meth:`Case.forward_flops` counts."""
+    name = candidate.partition("/")[0]
+    return name not in LAYERS and name not in BUCKETS and name not in KEPT and name != "dilated"
 
 
 def routed_layer(case):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flash_attention.jax import ENGINES, flash_attention
-from flash_attention.tools.bench.cases import SEED
+from flash_attention.tools.bench.cases import LAYERS, SEED
 from flash_attention.tools.bench.mechanisms_in_jax import MECHANISMS
 from flash_attention.tools.bench.peers_in_jax import PEERS
 
@@ -20,7 +20,7 @@ def build(case, direction, candidate, arrays, ahead=False):
 
     Args:
         candidate: 'auto' or an engine of ``flash_attention.jax.ENGINES``, 'jax.nn', 'naive', a library of ``PEERS``, or
-            a mechanism (whose results are none of the plain formula's: ``results()`` gives None for them).
+            a mechanism. For layers, whose weights the judge does not know, ``results()`` gives None.
         ahead: compile here, not at the first call.
     """
     inputs = [jnp.asarray(_bsnd(arrays[name])).astype(case.dtype) for name in ("query", "key", "value", "d_out")]
@@ -34,7 +34,7 @@ def build(case, direction, candidate, arrays, ahead=False):
         last["results"] = jax.block_until_ready(run(*inputs))
 
     def results():
-        if candidate in MECHANISMS:
+        if candidate in LAYERS:
             return None, None
         out, grads = last["results"]
         return _bnsd(out), None if grads is None else _bnsd(grads[0])

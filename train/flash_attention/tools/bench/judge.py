@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from flash_attention.core import dropout, reference
+from flash_attention.core.mechanisms import landmark
 from flash_attention.core.spec import Operands
-from flash_attention.tools.bench.cases import SEED
+from flash_attention.tools.bench.cases import LANDMARK_BLOCK, SEED, pair_counts
 
 _ROWS = 8  # a group
 
@@ -48,12 +49,31 @@ def _dropped(case, probs, start, rows):
     return np.where(keep, probs, 0.0) / (1.0 - case.dropout)
 
 
-def error(case, arrays, out, d_query=None):
+def _exact(case, candidate, tensors, start, rows):
+    """float64 ``(out, d_query)`` of ``rows`` query rows; the latter None where dropout acts."""
+    q, k, v, d_out = tensors
+    if candidate == "landmark":
+        seen = slice(0, start + rows)  # queries are the last of the keys
+        pattern = landmark.regular(start + rows, LANDMARK_BLOCK)
+        found = landmark.formula(np, q, k[:, :, seen], v[:, :, seen], pattern, d_out)
+        return found["out"], found["query"]
+    spec, operands = _sliced(case, start, rows)
+    counts = pair_counts(case, candidate, start, rows)
+    if counts is not None:
+        spec = replace(spec, mask_shape=counts.shape, bias_shape=counts.shape)
+        operands = operands._replace(mask=counts > 0, bias=np.log(np.maximum(counts, 1)))
+    probs = reference.forward(np, spec, q, k, v, operands).probs
+    out = np.matmul(_dropped(case, probs, start, rows), v)
+    return out, None if case.dropout else reference.attention_grad(spec, q, k, v, operands, d_out)["query"]
+
+
+def error(case, arrays, out, d_query=None, candidate=""):
     """Largest difference from float64, relative to the largest reference value.
 
     Args:
         case: :class:`~flash_attention.tools.bench.cases.Case`; arrays: its ``arrays()``.
         out, d_query: results in BNSD, any float dtype; each may be None.
+        candidate: name of the mechanism that computed them, where that is none of the plain formula's.
 
     Returns:
         dict with 'out' and 'd_query', those that were given; no 'd_query' where dropout acts.
@@ -61,20 +81,16 @@ def error(case, arrays, out, d_query=None):
     starts, rows = _groups(case.q_len)
     worst, largest = {}, {}
     for start in starts:
-        spec, operands = _sliced(case, start, rows)
         part = slice(start, start + rows)
         q, d_out = (np.asarray(arrays[name][-1:, -1:, part], np.float64) for name in ("query", "d_out"))
         k, v = (np.asarray(arrays[name][-1:, -1:], np.float64) for name in ("key", "value"))
-        probs = reference.forward(np, spec, q, k, v, operands).probs
-        pairs = {}
-        if out is not None:
-            pairs["out"] = np.matmul(_dropped(case, probs, start, rows), v), out
-        if d_query is not None and not case.dropout:
-            pairs["d_query"] = (reference.attention_grad(spec, q, k, v, operands, d_out)["query"], d_query)
-        for name, (want, got) in pairs.items():
-            difference = np.abs(np.asarray(got[-1:, -1:, part], np.float64) - want).max()
+        want = dict(zip(("out", "d_query"), _exact(case, candidate, (q, k, v, d_out), start, rows)))
+        for name, got in (("out", out), ("d_query", d_query)):
+            if got is None or want[name] is None:
+                continue
+            difference = np.abs(np.asarray(got[-1:, -1:, part], np.float64) - want[name]).max()
             worst[name] = max(worst.get(name, 0.0), float(difference))
             if not np.isfinite(difference):
                 worst[name] = float("inf")
-            largest[name] = max(largest.get(name, 0.0), float(np.abs(want).max()))
+            largest[name] = max(largest.get(name, 0.0), float(np.abs(want[name]).max()))
     return {name: worst[name] / largest[name] for name in worst}

@@ -1,6 +1,7 @@
 """JAX mechanisms as benchmark candidates: ``{name: function(case) -> attend(query, key, value)}``, BSND tensors.
 
-Another mechanism is one more entry here and in ``mechanisms_in_mindspore.py``. Their results are judged by the tests.
+Another mechanism is one more entry here and in ``mechanisms_in_mindspore.py``; ``cases.pair_counts`` tells the judge
+what its queries see.
 """
 
 import functools
@@ -16,7 +17,14 @@ from flash_attention.jax import (
     dynamic_sparse_attention,
     fused_landmark_attention,
 )
-from flash_attention.tools.bench.cases import BUCKETS, KEPT, geometric_patterns, routed_layer, sparse_indices
+from flash_attention.tools.bench.cases import (
+    BUCKETS,
+    KEPT,
+    LANDMARK_BLOCK,
+    geometric_patterns,
+    routed_layer,
+    sparse_indices,
+)
 
 
 def _dilated(case):
@@ -48,7 +56,7 @@ def _sparse(candidate, case):
 
 
 def _landmark(case):
-    pattern = regular(case.spec().kv_len, 64)
+    pattern = regular(case.spec().kv_len, LANDMARK_BLOCK)
 
     def attend(query, key, value):
         by_head = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))

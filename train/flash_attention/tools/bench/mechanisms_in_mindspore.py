@@ -11,7 +11,14 @@ from flash_attention.nn import (
     FusedLandmarkAttention,
     dilated_attention,
 )
-from flash_attention.tools.bench.cases import BUCKETS, KEPT, geometric_patterns, routed_layer, sparse_indices
+from flash_attention.tools.bench.cases import (
+    BUCKETS,
+    KEPT,
+    LANDMARK_BLOCK,
+    geometric_patterns,
+    routed_layer,
+    sparse_indices,
+)
 
 
 class _Dilated(nn.Cell):
@@ -52,7 +59,7 @@ class _Sparse(nn.Cell):
 
 def _landmark(case):
     del case
-    return FusedLandmarkAttention()
+    return FusedLandmarkAttention(block_size=LANDMARK_BLOCK)
 
 
 class _Colt5(nn.Cell):

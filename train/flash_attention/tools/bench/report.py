@@ -4,6 +4,7 @@ import csv
 import json
 import os
 
+from flash_attention.tools.bench.cases import same_pairs
 from flash_attention.tools.bench.measure import ratio
 from flash_attention.tools.bench.registry import FRAMEWORKS
 from flash_attention.tools.table import format_table
@@ -27,7 +28,7 @@ def rows_of(jobs, finished):
             row = dict(job=job.key, kind=job.kind, direction=job.direction, label=entry.label)
             row.update(framework=entry.framework, candidate=entry.candidate, case=entry.case.label(), **result)
             if "times" in result:
-                if entry.framework in FRAMEWORKS:  # of a whole model, attention is only a part
+                if entry.framework in FRAMEWORKS and same_pairs(entry.candidate):  # a whole model has other work
                     factor = 3.5 if job.direction == "fwd+bwd" else 1.0  # the backward adds five products to two
                     row["gflops"] = entry.case.forward_flops() * factor / result["median_s"] / 1e9
                 if base.get("times"):

@@ -108,7 +108,7 @@ class Desk:
         arrays = LazyArrays(case)
         call, results = self.build(case, direction, candidate, arrays)
         first, second = _timed(call), _timed(call)
-        self.entries[key] = call, results, case, arrays
+        self.entries[key] = call, results, case, arrays, candidate.partition("/")[0]
         return {"first_s": first, "second_s": second}
 
     def time(self, key, repeats):
@@ -125,9 +125,8 @@ class Desk:
         """Error of the last call's results against float64."""
         from flash_attention.tools.bench import judge
 
-        _, results, case, arrays = self.entries[key]
-        out, d_query = results()
-        return {"error": judge.error(case, arrays, out, d_query)}
+        _, results, case, arrays, name = self.entries[key]
+        return {"error": judge.error(case, arrays, *results(), name)}
 
     def forget(self):
         """Drop all candidates and their tensors."""

@@ -1,3 +1,3 @@
 """The registered mechanisms, each registered by importing its file: a new group is one file here and one name below."""
 
-from flash_attention.jax.flexible.entries import dense, flash, landmark, platform  # noqa: F401
+from flash_attention.jax.flexible.entries import dense, dilated, flash, landmark, platform  # noqa: F401

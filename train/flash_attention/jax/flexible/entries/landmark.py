@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from flash_attention.core.errors import Reason
 from flash_attention.core.mechanisms.landmark import regular
+from flash_attention.core.registry import ARGUMENTS, landmark_refusal
 from flash_attention.jax.flexible.registry import AttentionImpl, AttentionRegistry, output_of
 from flash_attention.jax.mechanisms.landmark import fused_landmark_attention
 
@@ -23,11 +23,5 @@ class Landmark(AttentionImpl):
         return output_of(jnp.swapaxes(out, 1, 2))
 
     def supports(self, query, key, value, arguments):
-        if not arguments.get("is_causal"):
-            return Reason("causal", False, "True (landmarks stand for past blocks)", "Use 'flash_attn2'.")
-        if query.shape[1] > key.shape[1]:
-            lengths = "{} and {}".format(query.shape[1], key.shape[1])
-            return Reason("sequence length", lengths, "no more queries than keys", "Use 'flash_attn2'.")
-        if arguments.get("block_size", 128) < 2:
-            return Reason("block_size", arguments["block_size"], "at least 2", "A block of 1 is a landmark alone.")
-        return None
+        lengths, block_size = (query.shape[1], key.shape[1]), arguments.get("block_size", ARGUMENTS["block_size"])
+        return landmark_refusal(arguments.get("is_causal"), *lengths, block_size)
