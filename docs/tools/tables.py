@@ -155,7 +155,7 @@ def dropout_vectors(language):
 _BASE = dict(batch=2, heads=8, kv_heads=8, q_len=256, kv_len=256, head_dim=64, dtype="float16")
 # (label en, zh), what it changes in the plain call
 FEATURES = (
-    (("float16", "float16"), {}),
+    (("float16", "float16"), {"dtype": "float16"}),
     (("bfloat16", "bfloat16"), {"dtype": "bfloat16"}),
     (("float32", "float32"), {"dtype": "float32"}),
     (("float64", "float64"), {"dtype": "float64"}),
