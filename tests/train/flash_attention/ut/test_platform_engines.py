@@ -213,6 +213,10 @@ def test_splash_interpreted(case):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not jax.__version__.startswith("0.6."),
+    reason="newer JAX (seen with 0.10.2) asks the TPU at hand for its kind while it lowers this kernel",
+)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("window", [None, (200, 100)])
 def test_splash_exports_for_tpu(dim, window):

@@ -34,7 +34,7 @@ _REMEDY = "Use implementation='pallas' or 'xla'."
 
 def run(spec, query, key, value, operands=Operands()):
     """Attention by cuDNN; arguments and results as :func:`xla.run`."""
-    _, lse = xla.run(spec, query, key, value, operands)
+    lse = xla.lse_of(spec, query, key, value, operands)
     if spec.layout == "BNSD":
         query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     band = spec.band

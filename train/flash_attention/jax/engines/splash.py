@@ -46,7 +46,7 @@ def run(spec, query, key, value, operands=Operands()):
 
     Where a caller uses the LSE, `xla` computes it: the library's is not differentiable.
     """
-    _, lse = xla.run(spec, query, key, value, operands)
+    lse = xla.lse_of(spec, query, key, value, operands)
     scaled = (query.astype(jnp.float32) * spec.scale).astype(query.dtype)
     padded = (_padded(spec, x) for x in (scaled, key, value))
     out = compiled_or_interpreted((PLATFORM,), lambda interpret, *x: jax.vmap(_kernel(spec, interpret))(*x), *padded)
