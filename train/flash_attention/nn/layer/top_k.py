@@ -2,6 +2,9 @@
 
 from mindspore import dtype as mstype
 from mindspore import ops
+from mindspore.ops import operations as P
+
+_cumulate = P.CumSum()  # a primitive: a graph cannot expand ops.cumsum inside a bprop
 
 
 def top_k(scores, count):
@@ -13,4 +16,4 @@ def top_k(scores, count):
     least = ops.topk(scores, count)[0][..., count - 1 :]
     above, equal = scores > least, scores == least
     room = count - above.astype(mstype.int32).sum(-1, keepdims=True)
-    return ops.logical_or(above, ops.logical_and(equal, ops.cumsum(equal.astype(mstype.int32), -1) <= room))
+    return ops.logical_or(above, ops.logical_and(equal, _cumulate(equal.astype(mstype.int32), -1) <= room))
