@@ -61,25 +61,28 @@ class TableBias(nn.Cell):
         return _for_pairs(values, q_len, kv_len)
 
 
-class NetworkBias(nn.CellList):
-    """A network of the distance; its layers are the list, so that its weights are 'bias.0.weight' as in JAX."""
+class NetworkBias(nn.Cell):
+    """A network of the distance; its layers are named '0', '1', ..., so that its weights are 'bias.0.weight' as in JAX.
+
+    A CellList would give the same names, but a graph cannot call one.
+    """
 
     def __init__(self, stack):
         super().__init__()
         options = stack.layers
         self.logarithm = options.dynamic_pos_bias_log_distance
         sizes = [1] + [max(options.dim // 4, 1)] * options.dynamic_pos_bias_num_layers + [options.heads]
-        for size in zip(sizes, sizes[1:]):
-            self.append(Projection(*size))
+        self.names = tuple(str(n) for n in range(len(sizes) - 1))
+        for name, size in zip(self.names, zip(sizes, sizes[1:])):
+            self.insert_child_to_cell(name, Projection(*size))
 
     def construct(self, q_len, kv_len):
         """The bias of q_len queries at the end of kv_len positions."""
-        values, count = _distances(kv_len, self.logarithm), 0
-        for layer in self:
-            if count > 0:
+        values = _distances(kv_len, self.logarithm)
+        for name in self.names:
+            if name != "0":
                 values = values * ops.sigmoid(values)
-            values = layer(values)
-            count = count + 1
+            values = getattr(self, name)(values)
         return _for_pairs(values, q_len, kv_len)
 
 
