@@ -33,16 +33,16 @@ class _StackLayer(nn.Cell):
         if self.sandwich:
             self.branch_norm = StackNorm(options.norm, options.dim)
         self.residual = Residual(options, dtype)
-        self.skip = SkipLayer(options.layer_dropout)
         if options.deepnorm:
             for name, parameter in self.block.parameters_and_names():
                 if name in ("to_v.weight", "to_out.weight", "proj_in.weight", "proj_out.weight"):
                     parameter.set_data(parameter * options.deepnorm_gain)
 
     def construct(
-        self, x, dual, context, mask, context_mask, attn_mask, bias, slopes, mem, previous, rotation, return_weights
+        self, x, dual, context, mask, context_mask, attn_mask, bias, slopes, mem, previous, rotation, return_weights,
+        kept,
     ):  # fmt: skip
-        """``(x, dual, previous, weights)``; see ``Attention.attended`` for what is handed on."""
+        """``(x, dual, previous, weights)``; what is handed on: see ``Attention.attended``; kept: ``SkipLayer``."""
         branch, handed, weights = x, None, None
         if self.first:
             branch = self.norm(branch)
@@ -67,7 +67,6 @@ class _StackLayer(nn.Cell):
         out = self.residual(branch, x)
         if not self.first:
             out = self.norm(out)
-        kept = self.skip(x)
         if kept is not None:
             out = out * kept + x * (1.0 - kept)
             new_dual = new_dual * kept + dual * (1.0 - kept)
@@ -109,6 +108,8 @@ class AttentionLayers(nn.Cell):
         layers = self.stack.layers
         self.dtype, self.dim, self.order = dtype, layers.dim, layers.order
         self.layers = nn.CellList([_StackLayer(kind, self.stack, dtype, engine) for kind in layers.order])
+        # Outside of the layers: a graph that recomputes a layer with such a draw inside has a cycle (MindSpore 2.10).
+        self.skips = nn.CellList([SkipLayer(layers.layer_dropout) for _ in layers.order])
         if layers.recompute:
             for layer in self.layers:
                 layer.recompute()
@@ -155,7 +156,7 @@ class AttentionLayers(nn.Cell):
                 hiddens, previous = hiddens + (x,), previous_self
             x, dual, handed, weight = self.layers[n](
                 x, dual, context, mask, context_mask, attn_mask, bias, self.slopes, mem, previous, self.rotation,
-                return_weights,
+                return_weights, self.skips[n](x),
             )  # fmt: skip
             if kind == SELF and self.hands_on[0]:
                 previous_self = handed
