@@ -4,7 +4,8 @@ from mindspore import dtype as mstype
 from mindspore import ops
 from mindspore.ops import operations as P
 
-_cumulate = P.CumSum()  # a primitive: a graph cannot expand ops.cumsum inside a bprop
+# Primitives: a graph cannot expand the functions of these names inside a bprop.
+_largest, _cumulate, _total = P.TopK(), P.CumSum(), P.ReduceSum(True)
 
 
 def top_k(scores, count):
@@ -13,7 +14,7 @@ def top_k(scores, count):
     The operator only finds the smallest score that is chosen. Chosen are those above it and, from the left, as many
     equal to it as there is room for.
     """
-    least = ops.topk(scores, count)[0][..., count - 1 :]
+    least = _largest(scores, count)[0][..., count - 1 :]
     above, equal = scores > least, scores == least
-    room = count - above.astype(mstype.int32).sum(-1, keepdims=True)
+    room = count - _total(above.astype(mstype.int32), -1)
     return ops.logical_or(above, ops.logical_and(equal, _cumulate(equal.astype(mstype.int32), -1) <= room))
