@@ -37,7 +37,7 @@ def norm(kind, params, x, dtype):
     wide = x.astype(jnp.promote_types(dtype, jnp.float32))
     if kind == "layernorm":
         centred = wide - wide.mean(-1, keepdims=True)
-        scaled = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + NORM_EPSILON)
+        scaled = centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + NORM_EPSILON)
     else:
         scaled = l2_normalised(wide) * math.sqrt(x.shape[-1])
     return (scaled * params["weight"]).astype(dtype)
@@ -45,7 +45,7 @@ def norm(kind, params, x, dtype):
 
 def l2_normalised(x):
     """``x / max(|x|, 1e-12)`` over the last axis, its gradient 0 at 0."""
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), LENGTH_EPSILON**2))
+    return x / jnp.sqrt(jnp.maximum((x * x).sum(-1, keepdims=True), LENGTH_EPSILON**2))
 
 
 def residual_init(options, key):
