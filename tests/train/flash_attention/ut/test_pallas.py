@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.jax_engines import JaxEngine
+from support.jax_engines import JaxEngine, to_layout
 from support.padded import KV_LENGTHS, Q_LENGTHS, assert_padding_is_ignored
 
 from conformance import BANDS, Case, make_inputs, tagged
@@ -131,14 +131,14 @@ def kernels(case, backward=True):
         pytest.skip("this jaxlib was built without Triton's dialect, so that nothing can be lowered for a GPU")
     inputs = make_inputs(case)
     tensors = {name: jnp.asarray(x) for name, x in inputs.tensors.items()}
-    qkv = [jnp.asarray(x, case.dtype) for x in inputs[1:4]]
+    *qkv, d_out = (to_layout(jnp.asarray(x, case.dtype), case.layout) for x in inputs[1:5])
 
     def run(q, k, v, d_out, d_lse, **tensors):
         options = dict(case.options, implementation="pallas", return_lse=True)
         results, pullback = jax.vjp(functools.partial(flash_attention, **tensors, **options), q, k, v)
         return results + (pullback((d_out, d_lse)) if backward else ())
 
-    cotangents = jnp.asarray(inputs.d_out, case.dtype), jnp.asarray(inputs.d_lse)
+    cotangents = d_out, jnp.asarray(inputs.d_lse)
     program = jax.jit(run).trace(*qkv, *cotangents, **tensors).lower(lowering_platforms=("cuda",)).as_text()
     found = ("flash_attention_forward", "flash_attention_query_gradient", "flash_attention_key_gradients")
     assert "stablehlo.while" not in program or case.bias != "none", "nothing but the kernels does the work"
@@ -184,7 +184,7 @@ def test_every_feature_lowers(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_export(dtype):
-    """The program of another machine, serialised here."""
+    """The program of another machine, exported here."""
     from jax import export
 
     q = jax.ShapeDtypeStruct((1, 256, 4, 64), dtype)
@@ -193,7 +193,7 @@ def test_export(dtype):
         export.DisabledSafetyCheck.custom_call(name) for name in ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi")
     ]
     exported = export.export(call, platforms=("cuda",), disabled_checks=checks)(q, q, q)
-    assert exported.platforms == ("cuda",) and len(exported.serialize()) > 1000
+    assert exported.platforms == ("cuda",) and "flash_attention_forward" in exported.mlir_module()
 
 
 # --- results beyond the suite ----------------------------------------------------------------------------------------
