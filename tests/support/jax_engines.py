@@ -16,6 +16,14 @@ def to_layout(x, layout):
     return x if layout == "BNSD" else x.swapaxes(1, 2)
 
 
+def heads_of(case, inputs):
+    """[query, key, value, d_out] of a case in its layout and dtype.
+
+    The dtype by JAX's own name: where MindSpore was imported after JAX, numpy's "bfloat16" is MindSpore's.
+    """
+    return [to_layout(jnp.asarray(x, getattr(jnp, case.dtype)), case.layout) for x in inputs[1:5]]
+
+
 def in_float64():
     """A context in which JAX computes in float64; newer versions spell it otherwise."""
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
@@ -46,6 +54,22 @@ class _WithProducts(Functions):
 Functions.with_products = _WithProducts
 
 
+def forward_and_backward(layout, **options):
+    """``run(q, k, v, d_out) -> (out, lse, dq, dk, dv)`` of one compiled call in ``layout``, BNSD outside of it."""
+
+    def attend(*qkv):
+        qkv = (to_layout(x, layout) for x in qkv)
+        out, lse = flash_attention(*qkv, layout=layout, return_lse=True, **options)
+        return to_layout(out, layout), lse
+
+    @jax.jit
+    def run(q, k, v, d_out):
+        (out, lse), pullback = jax.vjp(attend, q, k, v)
+        return (out, lse) + pullback((d_out, jnp.ones_like(lse)))
+
+    return run
+
+
 class JaxEngine:
     """An engine of the JAX front end; `run(case)` gives numpy results by name, BNSD."""
 
@@ -66,7 +90,7 @@ class JaxEngine:
 
     def run(self, case):
         inputs = make_inputs(case)
-        q, k, v, d_out = (to_layout(jnp.asarray(x, case.dtype), case.layout) for x in inputs[1:5])
+        q, k, v, d_out = heads_of(case, inputs)
         tensors = {name: x if isinstance(x, int) else jnp.asarray(x) for name, x in inputs.tensors.items()}
         wanted = {name: tensors.pop(name) for name in DIFFERENTIABLE if name in tensors}
         constant = {name: tensors.pop(name) for name in list(tensors) if isinstance(tensors[name], int)}

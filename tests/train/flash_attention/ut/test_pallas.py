@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.jax_engines import JaxEngine, to_layout
+from support.jax_engines import JaxEngine, forward_and_backward, heads_of
 from support.padded import KV_LENGTHS, Q_LENGTHS, assert_padding_is_ignored
 
 from conformance import BANDS, Case, make_inputs, tagged
@@ -131,7 +131,7 @@ def kernels(case, backward=True):
         pytest.skip("this jaxlib was built without Triton's dialect, so that nothing can be lowered for a GPU")
     inputs = make_inputs(case)
     tensors = {name: jnp.asarray(x) for name, x in inputs.tensors.items()}
-    *qkv, d_out = (to_layout(jnp.asarray(x, case.dtype), case.layout) for x in inputs[1:5])
+    *qkv, d_out = heads_of(case, inputs)
 
     def run(q, k, v, d_out, d_lse, **tensors):
         options = dict(case.options, implementation="pallas", return_lse=True)
@@ -209,21 +209,8 @@ def test_same_bits():
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["BNSD", "BSND"])
 def test_nan_in_padding(layout):
-    def swap(x):
-        return x if layout == "BNSD" else x.swapaxes(1, 2)
-
-    def attend(*qkv):
-        lengths = {"query_seq_lengths": Q_LENGTHS, "key_value_seq_lengths": KV_LENGTHS}
-        options = dict(lengths, is_causal=True, implementation="pallas")
-        out, lse = flash_attention(*map(swap, qkv), layout=layout, return_lse=True, **options)
-        return swap(out), lse
-
-    @jax.jit
-    def run(q, k, v, d_out):
-        (out, lse), pullback = jax.vjp(attend, q, k, v)
-        return (out, lse) + pullback((d_out, jnp.ones_like(lse)))
-
-    assert_padding_is_ignored(run)
+    options = {"query_seq_lengths": Q_LENGTHS, "key_value_seq_lengths": KV_LENGTHS, "is_causal": True}
+    assert_padding_is_ignored(forward_and_backward(layout, implementation="pallas", **options))
 
 
 @pytest.mark.slow

@@ -6,12 +6,11 @@ from typing import NamedTuple, Optional
 
 from flash_attention.core.errors import invalid_value
 from flash_attention.core.mechanisms.multi_query import check_mapping
-from flash_attention.core.transformer.rules import Excludes, Needs, check_rules, is_set
+from flash_attention.core.transformer.rules import Excludes, Needs, check_bools, check_rules, is_set
 from flash_attention.core.validation import check_bool, check_int, check_positive, check_rate
 
 LAYER = "Attention"
 FUSED, FORMED, MECHANISM = "fused", "formed", "mechanism"
-L2_EPSILON = 1e-12  # smallest norm that qk_norm divides by
 GATE_BIAS = 10.0  # where gate_values begins: sigmoid(10) is 1 but for 5e-5
 QUERY_TILE = 128  # queries whose whole rows of scores exist at one time on the formed path
 MEMORY_SALT = 0x5BD1E995  # xor into the dropout seed for the columns of num_mem_kv
@@ -103,11 +102,7 @@ class AttentionOptions:
         check_int(LAYER, "num_mem_kv", self.num_mem_kv, 0)
         if self.max_attend_past is not None:
             check_int(LAYER, "max_attend_past", self.max_attend_past, 0)
-        for name in (
-            "causal", "one_kv_head", "qk_norm", "qk_norm_dim_scale", "talking_heads", "head_scale", "gate_values",
-            "on_attn", "shared_kv", "zero_init_output",
-        ):  # fmt: skip
-            check_bool(LAYER, name, getattr(self, name))
+        check_bools(LAYER, self)
         if self.flash is not None:
             check_bool(LAYER, "flash", self.flash)
         if self.qk_norm_scale is None:

@@ -6,8 +6,8 @@ from typing import NamedTuple, Optional
 from flash_attention.core.errors import invalid_type, invalid_value
 from flash_attention.core.mechanisms import positions
 from flash_attention.core.transformer.attention import AttentionOptions
-from flash_attention.core.transformer.rules import Excludes, Needs, check_rules, make, split_by_prefix
-from flash_attention.core.validation import check_bool, check_int, check_positive, check_rate
+from flash_attention.core.transformer.rules import Excludes, Needs, check_bools, check_rules, make, split_by_prefix
+from flash_attention.core.validation import check_int, check_positive, check_rate
 
 FEED_FORWARD, LAYER = "FeedForward", "AttentionLayers"
 SELF, CROSS, FEED = "a", "c", "f"
@@ -48,8 +48,7 @@ class FeedForwardOptions:
         if self.mult is None:
             raise invalid_type(FEED_FORWARD, "mult", "a float > 0", None)
         check_positive(FEED_FORWARD, "mult", self.mult)
-        for name in ("glu", "swish", "relu_squared", "post_act_ln", "no_bias", "zero_init_output"):
-            check_bool(FEED_FORWARD, name, getattr(self, name))
+        check_bools(FEED_FORWARD, self)
         check_rate(FEED_FORWARD, "dropout", self.dropout)
         if self.inner < 1:
             raise invalid_value(FEED_FORWARD, "mult", "at least 1 / dim", self.mult)
@@ -174,9 +173,7 @@ class LayersOptions:
         for name in ("dim", "depth", "heads", "rel_pos_num_buckets", "rel_pos_max_distance",
                      "dynamic_pos_bias_num_layers"):  # fmt: skip
             check_int(LAYER, name, getattr(self, name), 1)
-        for name, field in type(self).__dataclass_fields__.items():
-            if isinstance(field.default, bool):
-                check_bool(LAYER, name, getattr(self, name))
+        check_bools(LAYER, self)
         if self.sandwich_coef is not None:
             check_int(LAYER, "sandwich_coef", self.sandwich_coef, 1, self.depth)
         if self.alibi_num_heads is not None:

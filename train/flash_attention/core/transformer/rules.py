@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple, Tuple
 
 from flash_attention.core.errors import invalid_type, invalid_value
+from flash_attention.core.validation import check_bool
 
 
 class Excludes(NamedTuple):
@@ -52,6 +53,13 @@ def is_set(options, name):
     default = type(options).__dataclass_fields__[name].default
     value = getattr(options, name)
     return value is not default and (callable(value) or value != default)
+
+
+def check_bools(layer, options):
+    """Raise unless every option whose default is a bool is one."""
+    for name, field in type(options).__dataclass_fields__.items():
+        if isinstance(field.default, bool):
+            check_bool(layer, name, getattr(options, name))
 
 
 def check_rules(layer, options, rules):

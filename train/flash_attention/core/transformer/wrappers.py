@@ -7,7 +7,7 @@ from typing import Optional
 import numpy as np
 
 from flash_attention.core.errors import invalid_type, invalid_value
-from flash_attention.core.transformer.rules import Excludes, check_rules
+from flash_attention.core.transformer.rules import Excludes, check_bools, check_rules
 from flash_attention.core.validation import check_bool, check_int, check_rate, is_int
 
 TOKENS, CONTINUOUS, AUTOREGRESSIVE = "TransformerWrapper", "ContinuousTransformerWrapper", "AutoregressiveWrapper"
@@ -55,8 +55,7 @@ class TokenOptions:
         if self.num_memory_tokens is not None:
             check_int(TOKENS, "num_memory_tokens", self.num_memory_tokens, 0)
         check_int(TOKENS, "max_mem_len", self.max_mem_len, 0)
-        for name in ("tie_embedding", "use_abs_pos_emb", "scaled_sinu_pos_emb", "post_emb_norm"):
-            check_bool(TOKENS, name, getattr(self, name))
+        check_bools(TOKENS, self)
         check_rate(TOKENS, "emb_dropout", self.emb_dropout)
         check_rules(TOKENS, self, RULES)
 
@@ -104,8 +103,7 @@ class ContinuousOptions:
         for name in ("dim_in", "dim_out"):
             if getattr(self, name) is not None:
                 check_int(CONTINUOUS, name, getattr(self, name), 1)
-        for name in ("use_abs_pos_emb", "scaled_sinu_pos_emb", "post_emb_norm"):
-            check_bool(CONTINUOUS, name, getattr(self, name))
+        check_bools(CONTINUOUS, self)
         check_rate(CONTINUOUS, "emb_dropout", self.emb_dropout)
 
     def check_stack(self, layers):

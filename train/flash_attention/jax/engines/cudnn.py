@@ -50,12 +50,12 @@ def run(spec, query, key, value, operands=Operands()):
     return jnp.swapaxes(out, 1, 2) if spec.layout == "BNSD" else out, lse
 
 
-def given(spec, absent=ABSENT):
+def given(spec, absent=ABSENT, remedy=_REMEDY):
     """The Reason that names the first of the arguments ``absent`` that the call has, or None."""
     for argument, field in absent:
         value = getattr(spec, field)
         if value not in (None, False, 0.0):
-            return Reason(argument, value if isinstance(value, float) else "a tensor", "left out", _REMEDY)
+            return Reason(argument, value if isinstance(value, float) else "a tensor", "left out", remedy)
     return None
 
 
@@ -68,8 +68,9 @@ def constraints(spec):
         return Reason("dtype", spec.dtype, "float16 or bfloat16", _REMEDY)
     if spec.head_dim % 8 or spec.head_dim > 128:
         return Reason("head_dim", spec.head_dim, "a multiple of 8 up to 128", _REMEDY)
-    if given(spec) is not None:
-        return given(spec)
+    reason = given(spec)
+    if reason is not None:
+        return reason
     band = spec.band
     if band.prev is not None or band.next is not None:
         return Reason("prev_block_num", spec.prev_block_num, "left out, as next_block_num", _REMEDY)

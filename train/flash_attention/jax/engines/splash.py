@@ -139,9 +139,9 @@ def constraints(spec):
     """
     if spec.dtype != "bfloat16":
         return Reason("dtype", spec.dtype, "bfloat16 (the kernels multiply in it)", _REMEDY)
-    reason = cudnn.given(spec, _ABSENT)
+    reason = cudnn.given(spec, _ABSENT, _REMEDY)
     if reason is not None:
-        return Reason(reason.argument, reason.value, reason.need, _REMEDY)
+        return reason
     if spec.wide:
         return Reason("dtype", "a float32 part of a larger call", "that of the whole call", _REMEDY)
     position = np.arange(spec.q_len, dtype=np.int64) + spec.offset

@@ -344,5 +344,5 @@ def _rms_init(width):
 def _rms_norm(params, x, dtype):
     """``x / sqrt(mean(x^2))`` times a learned scale, in float32 at least."""
     wide = x.astype(jnp.promote_types(dtype, jnp.float32))
-    scaled = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + shared.NORM_EPSILON)
+    scaled = wide / jnp.sqrt((wide**2).mean(-1, keepdims=True) + shared.NORM_EPSILON)
     return (scaled * params["weight"]).astype(dtype)

@@ -57,12 +57,16 @@ def dense(params, x, dtype):
     return out + params["bias"].astype(dtype) if "bias" in params else out
 
 
+def standardised(x, epsilon):
+    """x with mean 0 and variance 1 over the last axis. A root divides: XLA's reciprocal root is coarser on the CPU."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
+
+
 def layer_norm(params, x, epsilon, dtype):
     """LayerNorm over the last axis, in float32 at least: ``params`` holds 'weight' and 'bias'."""
     wide = x.astype(jnp.promote_types(dtype, jnp.float32))
-    centred = wide - wide.mean(-1, keepdims=True)
-    scaled = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + epsilon)
-    return (scaled * params["weight"] + params["bias"]).astype(dtype)
+    return (standardised(wide, epsilon) * params["weight"] + params["bias"]).astype(dtype)
 
 
 def norm_init(width):
@@ -70,20 +74,26 @@ def norm_init(width):
     return {"weight": jnp.ones(width), "bias": jnp.zeros(width)}
 
 
-def seed_of(layer, rng):
-    """The uint32 dropout seed of a PRNG key; raises when there is none."""
+def check_rng(layer, rng):
+    """Raise where a PRNG key is missing."""
     if rng is None:
         raise invalid_value(layer, "dropout_rng", "a PRNG key when dropout acts", None)
+
+
+def seed_of(layer, rng):
+    """The uint32 dropout seed of a PRNG key; raises when there is none."""
+    check_rng(layer, rng)
     return jax.random.bits(rng, (), "uint32")
 
 
-def dropped(x, rate, seed, first):
+def dropped(x, rate, seed, first=0):
     """Inverted dropout of x (B, N, E) by batch row, token and feature: the same however the sequence is cut.
 
     Args:
-        seed: uint32; not used where ``rate`` is 0. first: number of x's token 0 in the whole sequence.
+        seed: uint32, None = nothing drops; not used where ``rate`` is 0.
+        first: number of x's token 0 in the whole sequence.
     """
-    if not rate:
+    if not rate or seed is None:
         return x
     b, i, j = jnp.ogrid[: x.shape[0], : x.shape[1], : x.shape[2]]
     keep = dropout.keep(jnp, seed, b, 0, i + first, j, rate)

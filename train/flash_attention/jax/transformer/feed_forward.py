@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from flash_attention.core.transformer.layers import FEED_FORWARD, FeedForwardOptions
 from flash_attention.core.transformer.rules import make, signature
-from flash_attention.jax.mechanisms.layers import dense, dense_init
-from flash_attention.jax.transformer.parts import Model, Seeds, dropped, norm, norm_init
+from flash_attention.jax.mechanisms.layers import dense, dense_init, dropped
+from flash_attention.jax.transformer.parts import Model, Seeds, norm, norm_init
 
 _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

@@ -1,14 +1,12 @@
-"""Small parts of the JAX transformer: norms, residuals, shifted tokens, dropout, and how a model prints itself."""
+"""Small parts of the JAX transformer: norms, residuals, shifted tokens, seeds, and how a model prints itself."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-from flash_attention.core import dropout
-from flash_attention.core.errors import invalid_value
 from flash_attention.core.transformer.layers import LENGTH_EPSILON, NORM_EPSILON
-from flash_attention.jax.mechanisms.layers import Layer, dense, dense_init
+from flash_attention.jax.mechanisms.layers import Layer, check_rng, dense, dense_init, standardised
 
 
 class Model(Layer):
@@ -36,8 +34,7 @@ def norm(kind, params, x, dtype):
     """'layernorm' (no bias), 'rmsnorm' or 'scalenorm' over the last axis, in float32 at least."""
     wide = x.astype(jnp.promote_types(dtype, jnp.float32))
     if kind == "layernorm":
-        centred = wide - wide.mean(-1, keepdims=True)
-        scaled = centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + NORM_EPSILON)
+        scaled = standardised(wide, NORM_EPSILON)
     else:
         scaled = l2_normalised(wide) * math.sqrt(x.shape[-1])
     return (scaled * params["weight"]).astype(dtype)
@@ -88,14 +85,6 @@ def shifted(x, shifts, mask):
     return jnp.concatenate(parts + [x[..., len(shifts) * share :]], -1)
 
 
-def dropped(x, rate, seed):
-    """Inverted dropout of (B, N, E), a function of (seed, row, token, feature); ``seed=None`` = none."""
-    if not rate or seed is None:
-        return x
-    b, i, j = jnp.ogrid[: x.shape[0], : x.shape[1], : x.shape[2]]
-    return jnp.where(dropout.keep(jnp, seed, b, 0, i, j, rate), x / (1.0 - rate), 0.0).astype(x.dtype)
-
-
 class Seeds:
     """Seeds of one call in training, one after the other; None outside training.
 
@@ -104,8 +93,8 @@ class Seeds:
     """
 
     def __init__(self, layer, acts, rng):
-        if acts and rng is None:
-            raise invalid_value(layer, "dropout_rng", "a PRNG key when dropout acts", None)
+        if acts:
+            check_rng(layer, rng)
         self._key = rng if acts else None
         self._count = 0
 

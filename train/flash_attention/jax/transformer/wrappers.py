@@ -9,9 +9,9 @@ import numpy as np
 from flash_attention.core.errors import invalid_type, invalid_value
 from flash_attention.core.transformer import wrappers as shared
 from flash_attention.core.transformer.rules import make, signature
-from flash_attention.jax.mechanisms.layers import dense, dense_init
+from flash_attention.jax.mechanisms.layers import dense, dense_init, dropped
 from flash_attention.jax.transformer.layers import AttentionLayers
-from flash_attention.jax.transformer.parts import Model, Seeds, dropped, norm, norm_init
+from flash_attention.jax.transformer.parts import Model, Seeds, norm, norm_init
 
 
 class Inputs(NamedTuple):

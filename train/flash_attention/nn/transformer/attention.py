@@ -135,10 +135,7 @@ class Attention(SeededCell):
         seed = None
         if self.training and self.dropout_rate > 0:
             seed = self.next_seed(ops.expand_dims(x, 0))
-        if self.by_mechanism:
-            out, weights = self.mechanism(query, key, value, visible, bias, slopes, seed), None
-        else:
-            out, weights = self.softmax(query, key, value, mem_key, visible, bias, slopes, seed, return_weights)
+        out, weights = self.softmax(query, key, value, mem_key, visible, bias, slopes, seed, return_weights)
         return self.project(x, out, None if context is not None else mask), handed, weights
 
     def softmax(self, query, key, value, mem_key, mask, bias, slopes, seed, return_weights):
@@ -148,7 +145,10 @@ class Attention(SeededCell):
             query, mask, bias = self.group(query, 2), self.group(mask, 1), self.group(bias, 1)
             slopes = self.group(slopes, 0)
             pre, post = self.group(self.group(pre, 0), 1), self.group(self.group(post, 0), 1)
-        if return_weights:
+        if self.by_mechanism:
+            out = self.attend(query, key, value, mask, bias, None, None, None, None, slopes, None, None, seed)
+            weights = None
+        elif return_weights:
             out, weights = self.form(
                 query, key, value, mem_key, self.mem_v, mask, bias, slopes, pre, post, seed
             )  # fmt: skip
@@ -161,18 +161,6 @@ class Attention(SeededCell):
             if weights is not None:
                 weights = tile_heads(weights, self.kv_heads, 1)
         return out, weights
-
-    def mechanism(self, query, key, value, mask, bias, slopes, seed):
-        """(B, N, H, D) by the mechanism."""
-        if self.tiled:
-            query, mask, bias = self.group(query, 2), self.group(mask, 1), self.group(bias, 1)
-            slopes = self.group(slopes, 0)
-        out = self.attend(
-            query, key, value, mask, bias, None, None, None, None, slopes, None, None, seed
-        )  # fmt: skip
-        if self.tiled:
-            out = tile_heads(computable(out), self.kv_heads, 2).astype(query.dtype)
-        return out
 
     def group(self, x, axis):
         """Query heads of one key/value head beside each other along ``axis``."""
