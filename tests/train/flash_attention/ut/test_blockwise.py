@@ -58,7 +58,8 @@ def test_dtype_and_precision():
     def loss(q, precision):
         return blockwise_compute_attn(q, k, v, precision=precision).sum()
 
-    for precision, named in ((jax.lax.Precision.HIGHEST, True), ("highest", True), (None, False)):
+    # None: the package's own choice, which rounds no float32 operand
+    for precision, named in ((jax.lax.Precision.HIGHEST, True), ("highest", True), (None, True), ("default", False)):
         text = str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(q, precision))
         products, highest = text.count("dot_general["), text.count("(Precision.HIGHEST, Precision.HIGHEST)")
         assert products > 6 and highest == (products if named else 0)

@@ -423,9 +423,13 @@ def nn(a, b):
 
 
 def _dot(a, b, axis):
-    """Contract the last axis of ``a`` with ``axis`` of ``b``. GPUs and TPUs would round float32 operands: not here."""
+    """Contract the last axis of ``a`` with ``axis`` of ``b``.
+
+    GPUs and TPUs would round float32 operands: not here, unless the caller's ``jax.default_matmul_precision`` asks.
+    """
     wide = jnp.promote_types(a.dtype, jnp.float32)
-    precision = None if a.dtype.itemsize == 2 else lax.Precision.HIGHEST
+    asked = a.dtype.itemsize == 2 or jax.config.jax_default_matmul_precision is not None
+    precision = None if asked else lax.Precision.HIGHEST
     dimensions = (((1,), (axis,)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=wide)
 

@@ -45,7 +45,7 @@ def blockwise_compute_attn(
         dtype: of the output.
         policy: name of a ``jax.checkpoint_policies`` member: what else may be kept for the backward pass, the output
             and its LSE. 'nothing_saveable' computes them again, None (no rematerialisation) is faster.
-        precision: of the matrix products, as in ``jax.default_matmul_precision``.
+        precision: of the matrix products, as in ``jax.default_matmul_precision``; None rounds no float32 operand.
         prevent_cse: as in ``jax.checkpoint``; needed only outside of jit and scan.
 
     Returns:
