@@ -85,11 +85,21 @@ def _filled(make):
     return method
 
 
+def _argmax(x, dim=None, keepdim=False):
+    return ops.argmax(x, dim, keepdim)
+
+
+def _masked_fill_(self, mask, value):
+    self.assign_value(ops.masked_fill(self.astype(ms.float32), mask, float(value)).astype(self.dtype))
+    return self
+
+
 def install():
     """Put the stand-ins in place."""
     Tensor.zero_ = _filled(np.zeros)
     Tensor.fill_ = _filled(np.full)
     Tensor.normal_ = _filled(lambda shape, mean=0, std=1: np.random.normal(mean, std, shape))
+    Tensor.masked_fill_ = _masked_fill_
     ops.rms_norm = _rms_norm
     Tensor.clone = lambda self: self + 0
     functional = mint.nn.functional
@@ -99,6 +109,7 @@ def install():
         ("tril", _tril),
         ("cumsum", _cumsum),
         ("addmm", _addmm),
+        ("argmax", _argmax),
     ):
         setattr(mint, name, function)
     for name, function in (

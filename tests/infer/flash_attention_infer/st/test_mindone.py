@@ -102,7 +102,8 @@ def test_the_librarys_own_generation():
     """Greedy, with the library's own cache, one prompt."""
     model, cache = build("llama"), CACHES["paged"]()
     model.config.use_cache = True
-    ids = model.generate(Tensor(np.array(PROMPTS[:1], np.int32)), max_new_tokens=NEW, do_sample=False, use_cache=True)
+    ids = Tensor(np.array(PROMPTS[:1], np.int64))
+    ids = model.generate(ids, max_new_tokens=NEW, do_sample=False, use_cache=True)
     with CachedModel(model, cache) as forward:
         got = generate(forward, cache, PROMPTS[:1], NEW, temperature=0.0)
     assert got[0] == np.asarray(ids)[0].tolist()[-NEW:]
