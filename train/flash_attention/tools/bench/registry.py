@@ -13,6 +13,7 @@ SUITES = (
     ("flash_attention", "flash_attention.tools.bench.suite_gpu"),
     ("flash_attention", "flash_attention.tools.bench.suite_mindspore"),
     ("flash_attention", "flash_attention.tools.bench.suite_mechanisms"),
+    ("flash_attention", "flash_attention.tools.bench.suite_wrappers"),
     ("flash_attention", "flash_attention.tools.bench.suite_integration"),
     ("flash_attention_infer", "flash_attention_infer.tools.bench"),
 )
