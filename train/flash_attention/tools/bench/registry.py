@@ -71,6 +71,7 @@ class Benchmark(NamedTuple):
         budget: seconds that the rounds of one job should take.
         library: the model library whose environment it needs; such benchmarks run by name or by --integration.
         refusal: ``refusal() -> None``, or what this computer lacks for it, worded to follow "needs".
+        package: a package on top of this one whose code decides the results too.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Benchmark(NamedTuple):
     budget: float = 8.0
     library: Optional[str] = None
     refusal: Callable[[], Optional[str]] = lambda: None
+    package: Optional[str] = None
 
     @property
     def sources(self):
