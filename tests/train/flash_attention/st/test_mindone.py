@@ -58,6 +58,8 @@ MODELS = {
     "bloom": (BloomForCausalLM, transformers.BloomConfig, dict(hidden_size=32, n_layer=2, n_head=4)),
     "bloom, 6 heads": (BloomForCausalLM, transformers.BloomConfig, dict(hidden_size=48, n_layer=2, n_head=6)),
 }
+GRAPH = ["llama", "gpt2"]
+"""The models that the library itself can compile for a CPU, without a padding mask (MindSpore 2.10)."""
 every_model = pytest.mark.parametrize("which", list(MODELS))
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 IDS = tokens(BATCH, LENGTH)
@@ -116,10 +118,39 @@ def half_scale(monkeypatch):
 
 @every_engine
 @every_model
-def test_equals_the_librarys_own(which, engine, mode):
+def test_equals_the_librarys_own(which, engine):
     """With a padding mask: logits, loss, gradients, and 20 training steps."""
     with integration.enable(NAME, engine):
         assert_equal(run(which, NAME), own(which))
+
+
+@pytest.fixture
+def graph_mode():
+    """MindSpore's graph mode."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    yield
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@every_engine
+@pytest.mark.parametrize("which", GRAPH)
+def test_equals_the_librarys_own_in_graph_mode(which, engine, graph_mode):
+    with integration.enable(NAME, engine):
+        assert_equal(run(which, NAME, padded=False), own(which, padded=False))
+
+
+@pytest.mark.parametrize("which", GRAPH)
+def test_the_comparison_in_graph_mode_sees_the_scale(which, graph_mode, half_scale):
+    with integration.enable(NAME):
+        assert_differs(run(which, NAME, padded=False), own(which, padded=False))
+
+
+@every_engine
+@pytest.mark.parametrize("which", GRAPH)
+def test_half_precision_in_graph_mode(which, engine, graph_mode):
+    with integration.enable(NAME, engine):
+        found = run(which, NAME, padded=False, half=True)
+    assert_close_in_half(found, own(which, padded=False, half=True), own(which, padded=False))
 
 
 @every_model
@@ -129,9 +160,9 @@ def test_equals_the_librarys_own_without_padding(which):
 
 
 @every_model
-def test_the_comparison_sees_the_scale(which, mode, half_scale):
+def test_the_comparison_sees_the_scale(which, half_scale):
     with integration.enable(NAME):
-        assert_differs(run(which, NAME), own(which))
+        assert_differs(run(which, NAME, steps=1), own(which, steps=1))
 
 
 @every_engine
