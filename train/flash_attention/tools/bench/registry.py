@@ -5,7 +5,7 @@ from typing import Callable, NamedTuple, Optional, Tuple
 
 from flash_attention.tools.bench.cases import Case
 from flash_attention.tools.bench.measure import ratio
-from flash_attention.tools.machine import installed
+from flash_attention.tools.machine import installed, package_version, versions
 
 SUITES = (
     ("flash_attention", "flash_attention.tools.bench.suite_jax"),
@@ -89,6 +89,11 @@ class Benchmark(NamedTuple):
         """Sub-packages whose code decides its results (MindSpore may compute with the JAX engine)."""
         parts = ("core", "jax") + (("nn", "ops") if "mindspore" in self.frameworks else ())
         return parts + (("integrations",) if self.library else ())
+
+    @property
+    def versions(self):
+        """``{name: version or None}`` of what decides its results."""
+        return dict(versions(), **({self.library: package_version(self.library)} if self.library else {}))
 
 
 BENCHMARKS = {}
