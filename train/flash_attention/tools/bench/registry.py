@@ -69,6 +69,7 @@ class Benchmark(NamedTuple):
         frameworks: whose limits are measured with it.
         budget: seconds that the rounds of one job should take.
         library: the model library whose environment it needs; such benchmarks run by name or by --integration.
+        packages: others whose versions are kept with the results.
         refusal: ``refusal() -> None``, or what this computer lacks for it, worded to follow "needs".
     """
 
@@ -79,6 +80,7 @@ class Benchmark(NamedTuple):
     frameworks: Tuple[str, ...]
     budget: float = 8.0
     library: Optional[str] = None
+    packages: Tuple[str, ...] = ()
     refusal: Callable[[], Optional[str]] = lambda: None
 
     @property
