@@ -105,7 +105,7 @@ def test_cell_refuses(options, error, match):
 
 def test_small_window_is_refused():
     q, k, v, _, q_idx, k_idx = draws(HASH)
-    with pytest.raises(ValueError, match="'max_keys' must be at least [0-9]+, the keys that 256 queries span"):
+    with pytest.raises(ValueError, match="'max_keys' must be at least [0-9]+, the keys that [0-9]+ queries span"):
         TestPynative().value("hash_sparse_attention", q, k, v, q_idx, k_idx, max_keys=2)
 
 

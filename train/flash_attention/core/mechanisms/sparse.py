@@ -33,12 +33,14 @@ def bisect(repeat, where, length, zero, before):
         before: ``before(index)``, a boolean array: does the entry come before? True up to some index, then False.
     """
 
-    def halve(low, high):
-        middle = (low + high) // 2
-        right = (middle < high) & before(where(middle < length, middle, zero))
-        return where(right, middle + 1, low), where(right, high, middle)
+    end = zero + (length - 1)
 
-    return repeat(length.bit_length(), halve, (zero, zero + length))[0]
+    def descend(index, step):
+        last = index + (step - 1)  # the entries up to `index` come before: do the next `step`?
+        last = where(last < end, last, end)
+        return where(before(last), last + 1, index), step // 2
+
+    return repeat(length.bit_length(), descend, (zero, 1 << (length.bit_length() - 1)))[0]
 
 
 def hash_intervals(repeat, take, where, q_pos, k_pos, q_bucket, k_bucket):

@@ -62,7 +62,7 @@ def hash_sparse_attention(q, k, v, q_bucket_idx, k_bucket_idx, sm_scale=None, *,
     Cost: N^2 / (2 * buckets) pairs a head when buckets are balanced, beside a sort.
 
     Args:
-        max_keys (int): keys in a window: those between the first key of the first and the last key of the last of 256
+        max_keys (int): keys in a window: those between the first key of the first and the last key of the last of 128
             queries sorted by bucket. Default: PyNative finds the need of each window; a graph computes all N keys.
             A bound skips work in graphs too; it must suffice: later keys are lost (an error in PyNative).
     """
