@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import replace
 
+import library_tables
 import transformer_tables
 
 from flash_attention.ascend import cost
@@ -266,14 +267,16 @@ def shared_memory(language):
     sizes = importlib.import_module("flash_attention.jax.engines.pallas_sizes")
     header = pick(
         language,
-        ("dtype", "head size", "forward", "dQ", "dK, dV", "KiB of shared memory at most"),
-        ("dtype", "head 大小", "前向", "dQ", "dK、dV", "共享内存上界（KiB）"),
+        ("dtype", "head size", "forward", "dQ", "dK, dV", "d(bias)", "KiB of shared memory at most"),
+        ("dtype", "head 大小", "前向", "dQ", "dK、dV", "d(bias)", "共享内存上界（KiB）"),
     )
     rows = []
     for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 128, 256)):
         spec = AttentionSpec(**dict(_BASE, dtype=dtype, head_dim=dim, q_len=8192, kv_len=8192))
-        tiles = [sizes.tiles_of(spec, direction) for direction in sizes.DIRECTIONS]
-        most = max(sizes.shared_bytes(spec, *pair) for pair in zip(tiles, sizes.DIRECTIONS))
+        biased = replace(spec, bias_shape=(1, spec.heads, spec.q_len, spec.kv_len))
+        ways = [(biased if direction == "bias" else spec, direction) for direction in sizes.DIRECTIONS]
+        tiles = [sizes.tiles_of(*way) for way in ways]
+        most = max(sizes.shared_bytes(way[0], tile, way[1]) for way, tile in zip(ways, tiles))
         rows.append([dtype, dim] + ["{} x {}".format(x.rows, x.keys) for x in tiles] + ["{:.0f}".format(most / 1024)])
     return markdown(header, rows)
 
@@ -436,6 +439,14 @@ def measured_targets(language):
     return markdown(header, rows) + [""] + _versions_line(language)
 
 
+def library_steps(language):
+    """A training step in each model library, with its own attention and with our engines."""
+    rows = library_tables.steps(_reports())
+    header = pick(language, ("library", "model", "its own attention", "`portable`", "`jax`"),
+                  ("库", "模型", "库自带的注意力", "`portable`", "`jax`"))  # fmt: skip
+    return markdown(header, rows) if rows else _not_yet(language)
+
+
 TABLES = {
     "support": support,
     "versions": versions,
@@ -452,6 +463,7 @@ TABLES = {
     "kernel-cycles": kernel_cycles,
     "kernel-sensitivity": kernel_sensitivity,
     "transformer-options": transformer_tables.options,
+    "library-steps": library_steps,
     "measured": measured,
     "measured-targets": measured_targets,
 }

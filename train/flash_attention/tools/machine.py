@@ -105,12 +105,12 @@ def cann_version():
     return None
 
 
-def versions():
-    """``{name: version or None}`` of this package, Python, every framework and CANN."""
+def versions(others=()):
+    """``{name: version or None}`` of this package, Python, every framework, CANN and ``others``."""
     from flash_attention import __version__
 
     found = {"flash_attention": __version__, "python": platform.python_version()}
-    found.update((name, package_version(name)) for name in PACKAGES)
+    found.update((name, package_version(name)) for name in PACKAGES + tuple(others))
     found["CANN"] = cann_version()
     return found
 

@@ -66,6 +66,7 @@ def test_versions_name_what_is_and_what_is_not_installed():
     assert found["numpy"] == np.__version__
     assert machine.package_version("no-such-package-here") is None
     assert set(found) == {"flash_attention", "python", "numpy", "mindspore", "jax", "jaxlib", "torch", "CANN"}
+    assert machine.versions(("pytest",))["pytest"] == pytest.__version__
 
 
 def test_cann_version_is_read_from_its_file(tmp_path, monkeypatch):
@@ -565,6 +566,16 @@ def test_every_benchmark_is_registered_with_distinct_jobs():
         for job in benchmark.jobs():
             labels = [entry.label for entry in job.entries]
             assert len(set(labels)) == len(labels) and (job.base is None or job.base in labels)
+
+
+def test_peers_need_one_that_is_installed(monkeypatch):
+    from flash_attention.tools.bench import suite_peers
+
+    refusal = registry.load()["peers"].refusal
+    monkeypatch.setattr(suite_peers, "installed", lambda name: name == "ejkernel")
+    assert refusal() is None
+    monkeypatch.setattr(suite_peers, "installed", lambda name: False)
+    assert refusal() == "one of tokamax, ringattention, ejkernel, which `bash build.sh bench peers` installs"
 
 
 @pytest.mark.parametrize("cpu_class", ["A", "B"])
