@@ -11,6 +11,7 @@ bash build.sh test             the fast tests
 bash build.sh test all         the fast and the slow tests, those against the model libraries, then the table of figures
 bash build.sh test integration [LIBRARY]   the tests against the model libraries (or one), each in its own environment
 bash build.sh bench [NAME]     measure the tables of docs/benchmarks (all, or NAME; arguments go to `flash_attention bench`)
+bash build.sh bench peers      the JAX twin beside jax.nn, tokamax, ringattention and ejkernel, in an environment of their own
 bash build.sh bench --integration   a training step inside the model libraries, against their own attention
 bash build.sh finetune LIBRARY train a tiny model of mindformers or mindone with its own attention and with our Cell
 bash build.sh env [EXTRA...]   only make the environment (with these extras; default: test), and print its Python
@@ -219,11 +220,21 @@ test_libraries() { # test_libraries [LIBRARY] [pytest arguments]   the tests aga
             VENV=$base
             make_library_env "$library" || exit
             "$VENV/bin/python" -m pytest -m integration --timeout "${FLASH_TEST_TIMEOUT:-900}" --durations 15 "$@" \
-                "tests/train/flash_attention/st/test_${library//[-.]/_}.py"
+                tests/*/*/st/"test_${library//[-.]/_}.py"
         ) || code=$?
         case $status in 0 | 5) [ $code -eq 5 ] || status=$code ;; esac # 5: -k has left none of this library's tests
     done
     return $status
+}
+
+# The libraries that `bench peers` compares with need a newer jax than MindSpore allows.
+make_peer_env() { # sets VENV; a library that does not install here is named in its rows
+    local peer
+    FLASH_JAX=${FLASH_JAX:-newest} FLASH_VENV=${FLASH_VENV:-.venv}-peers make_env
+    install_lines plots matplotlib
+    for peer in tokamax ringattention ejkernel; do
+        install_lines "$peer" "$peer" || say "$peer does not install here"
+    done
 }
 
 bench_libraries() { # bench_libraries --integration [arguments]   in the environment of each library
@@ -256,6 +267,11 @@ main() {
         "$VENV/bin/python" docs/examples/train_llm_mindspore.py "$@"
         ;;
     bench)
+        if [ "${1:-}" = peers ]; then
+            make_peer_env
+            "$VENV/bin/python" -m flash_attention bench "$@" --plot
+            return
+        fi
         if [ "${1:-}" = --integration ]; then
             make_env test
             bench_libraries "$@"

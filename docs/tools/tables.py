@@ -267,14 +267,16 @@ def shared_memory(language):
     sizes = importlib.import_module("flash_attention.jax.engines.pallas_sizes")
     header = pick(
         language,
-        ("dtype", "head size", "forward", "dQ", "dK, dV", "KiB of shared memory at most"),
-        ("dtype", "head 大小", "前向", "dQ", "dK、dV", "共享内存上界（KiB）"),
+        ("dtype", "head size", "forward", "dQ", "dK, dV", "d(bias)", "KiB of shared memory at most"),
+        ("dtype", "head 大小", "前向", "dQ", "dK、dV", "d(bias)", "共享内存上界（KiB）"),
     )
     rows = []
     for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 128, 256)):
         spec = AttentionSpec(**dict(_BASE, dtype=dtype, head_dim=dim, q_len=8192, kv_len=8192))
-        tiles = [sizes.tiles_of(spec, direction) for direction in sizes.DIRECTIONS]
-        most = max(sizes.shared_bytes(spec, *pair) for pair in zip(tiles, sizes.DIRECTIONS))
+        biased = replace(spec, bias_shape=(1, spec.heads, spec.q_len, spec.kv_len))
+        ways = [(biased if direction == "bias" else spec, direction) for direction in sizes.DIRECTIONS]
+        tiles = [sizes.tiles_of(*way) for way in ways]
+        most = max(sizes.shared_bytes(way[0], tile, way[1]) for way, tile in zip(ways, tiles))
         rows.append([dtype, dim] + ["{} x {}".format(x.rows, x.keys) for x in tiles] + ["{:.0f}".format(most / 1024)])
     return markdown(header, rows)
 

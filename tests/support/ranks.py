@@ -1,6 +1,9 @@
 """MindSpore's attention over several processes: each rank compares its share with one process's call.
 
-msrun ... ranks.py FOLDER MODE CASE ...   (`test_context.py` starts it; rank r writes {case: errors} to FOLDER/r.json)
+msrun ... ranks.py FOLDER MODE CASE ...   (`test_context_mindspore.py` starts it; rank r writes {case: errors} to
+                                           FOLDER/r.json)
+
+MODE is that of what is tested; one process's results are always computed in PyNative, where nothing is compiled.
 """
 
 import json
@@ -10,6 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.communication import get_group_size, get_rank, init
+from support.in_mindspore import mode
 
 from flash_attention.nn import DilatedAttention, FlashAttention, RingAttention, UlyssesAttention, dilated_attention
 from flash_attention.ops.collectives import choose, current_group
@@ -75,6 +79,12 @@ def results(cell, seed, tensors):
     return [x.astype(ms.float32).asnumpy().astype(np.float64) for x in _Results(cell, seed)(*tensors)]
 
 
+def results_of_one(cell, seed, tensors):
+    """The same of a Cell that computes all ranks' tokens."""
+    with mode("pynative"):
+        return results(cell, seed, tensors)
+
+
 def draws(case):
     """query, key, value, mask, d_out, d_lse of all ranks, numpy."""
     _, length, (heads, kv_heads), kv_length, mask, _, _, _ = case
@@ -111,7 +121,7 @@ def run(name, rank, size):
     found = results(CELLS[strategy](D, **options), seed, given([share(x, rank, size) for x in tensors]))
     if tensors[3] is not None:
         tensors[3] = np.broadcast_to(tensors[3], tensors[3].shape[:2] + (case[1], case[3]))
-    want = results(FlashAttention(D, **options), seed, given(tensors))
+    want = results_of_one(FlashAttention(D, **options), seed, given(tensors))
     names = ("out", "lse", "query", "key", "value")
     return [(what, *_difference(x, share(whole, rank, size))) for what, x, whole in zip(names, found, want)]
 
@@ -202,7 +212,7 @@ def _dilated(**options):
             return np.split(x, size, axis=axis)[rank]
 
         found = results(_Dilated(options, True), None, given(own))
-        want = results(_Dilated(options, False), None, given(lambda x, axis: x))
+        want = results_of_one(_Dilated(options, False), None, given(lambda x, axis: x))
         names = (("out", 1), ("lse", 2), ("query", 1), ("key", 1), ("value", 1))
         return [(what, *_difference(x, own(whole, axis))) for (what, axis), x, whole in zip(names, found, want)]
 
@@ -228,7 +238,8 @@ def dilated_layer(rank, size):
         return np.split(a, size, axis=1)[rank]
 
     out, grads = passes(True, own)
-    want, wanted = passes(False, lambda a: a)
+    with mode("pynative"):
+        want, wanted = passes(False, lambda a: a)
     found = [("out", *_difference(out, own(want)))]
     for number, (grad, whole) in enumerate(zip(grads, wanted)):
         found.append((str(number), *_difference(ops.AllReduce()(grad).asnumpy(), whole.asnumpy())))
@@ -244,11 +255,11 @@ OTHERS = {
 }
 
 
-def main(folder, mode, names):
+def main(folder, how, names):
     init()
-    ms.set_context(mode=ms.GRAPH_MODE if mode == "graph" else ms.PYNATIVE_MODE)
     rank, size = get_rank(), get_group_size()
-    errors = {name: run(name, rank, size) for name in names}
+    with mode(how):
+        errors = {name: run(name, rank, size) for name in names}
     with open("{}/{}.json".format(folder, rank), "w") as stream:
         json.dump(errors, stream)
 

@@ -105,22 +105,28 @@ def cann_version():
     return None
 
 
-def versions():
-    """``{name: version or None}`` of this package, Python, every framework and CANN."""
+def versions(others=()):
+    """``{name: version or None}`` of this package, Python, every framework, CANN and ``others``."""
     from flash_attention import __version__
 
     found = {"flash_attention": __version__, "python": platform.python_version()}
-    found.update((name, package_version(name)) for name in PACKAGES)
+    found.update((name, package_version(name)) for name in PACKAGES + tuple(others))
     found["CANN"] = cann_version()
     return found
 
 
-def source_digest(parts=("core", "jax", "nn", "ops")):
-    """Short hash of the code in these sub-packages: results of other code are not mixed with its results."""
+def source_digest(parts=("core", "jax", "nn", "ops"), package=None):
+    """Short hash of the code in these sub-packages: results of other code are not mixed with its results.
+
+    ``package``: the name of another package whose code goes in whole.
+    """
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    folders = [os.path.join(root, part) for part in parts]
+    if package is not None:
+        folders += importlib.util.find_spec(package).submodule_search_locations
     digest = hashlib.sha256()
-    for part in parts:
-        for path in sorted(glob.glob(os.path.join(root, part, "**", "*.py"), recursive=True)):
+    for folder in folders:
+        for path in sorted(glob.glob(os.path.join(folder, "**", "*.py"), recursive=True)):
             with open(path, "rb") as stream:
                 digest.update(stream.read())
     return digest.hexdigest()[:12]

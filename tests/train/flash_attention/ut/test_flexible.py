@@ -11,11 +11,20 @@ from support.mechanisms import D, K, Mechanism, N, T, draws, examples, one_devic
 
 from conformance import judge, tagged
 from flash_attention.core.errors import UnsupportedError
-from flash_attention.jax import AttentionImpl, AttentionOutput, AttentionRegistry, flash_attention
+from flash_attention.core.mechanisms.landmark import regular
+from flash_attention.jax import (
+    AttentionImpl,
+    AttentionOutput,
+    AttentionRegistry,
+    dilated_attention,
+    flash_attention,
+    fused_landmark_attention,
+)
 from flash_attention.jax.flexible.registry import ARGUMENTS, output_of
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu]
-NAMES = [name for name in AttentionRegistry.list_implementations() if AttentionRegistry.get(name).exact]
+NAMES = AttentionRegistry.list_implementations()
+EXACT = [name for name in NAMES if AttentionRegistry.get(name).exact]
 EXAMPLES = examples()
 
 
@@ -30,10 +39,49 @@ def _compile_fast():
 
 
 # What a mechanism must be given beside the argument under test, and what it refuses: {argument: start of the message}.
-ALWAYS = {"triangle": {"is_causal": True}, "local": {"local_window_size": (9, 9)}}
+ALWAYS = {
+    "triangle": {"is_causal": True},
+    "local": {"local_window_size": (9, 9)},
+    "landmark": {"is_causal": True, "block_size": 8},
+}
+PATTERN = {"segment_size": 8, "dilation_rate": 2}  # of 'dilated'
 NO_EFFECT = {("triangle", "next_block_num")}  # causality hides later blocks already
 FAST = ("bias", "sinks", "dropout_rate", "q_segment_ids")  # gradients checked in the fast suite
-REFUSES = {name: dict.fromkeys(ARGUMENTS, "For '{}', 'backend".format(name)) for name in ("cudnn", "splash")}
+ELSEWHERE = ("cudnn", "splash")
+REFUSES = {name: dict.fromkeys(ARGUMENTS, "For '{}', 'backend".format(name)) for name in ELSEWHERE}
+for _name, _takes in (("dilated", ("scale", "is_causal")), ("landmark", ("scale", "is_causal", "block_size"))):
+    REFUSES[_name] = {  # block_size too: its example moves a window
+        argument: "For '{}', '{}' must be left out".format(
+            _name, next(key for key in EXAMPLES[argument] if key not in _takes)
+        )
+        for argument in set(ARGUMENTS) - {"scale", "is_causal"}
+    }
+
+
+def dilated(query, key, value, **arguments):
+    """What 'dilated' must give."""
+    key, value = (jnp.repeat(x, N // K, axis=2) for x in (key, value))
+    return dilated_attention(query, key, value, *PATTERN.values(), **arguments)
+
+
+def landmark(query, key, value, is_causal, block_size, scale=None):
+    """What 'landmark' must give."""
+    key, value = (jnp.repeat(x, N // K, axis=2) for x in (key, value))
+    tensors = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    return jnp.swapaxes(fused_landmark_attention(*tensors, regular(T, block_size), scale, block_size), 1, 2)
+
+
+OTHERS = {"dilated": dilated, "landmark": landmark}  # they see other keys than the formula does
+
+
+def create(name):
+    """The mechanism on one device."""
+    return AttentionRegistry.create(name, one_device().replace(**(PATTERN if name == "dilated" else {})))
+
+
+def judge_of(name):
+    """The function whose results a mechanism must give."""
+    return OTHERS.get(name) or functools.partial(flash_attention, implementation="reference")
 
 
 def call(name, arguments):
@@ -42,9 +90,13 @@ def call(name, arguments):
 
 
 def formula(name, argument):
-    """Output of the plain formula; `argument` None = nothing but what `name` always needs."""
+    """Output of what judges `name`; `argument` None = nothing but what `name` always needs."""
     arguments = call(name, EXAMPLES[argument] if argument else {})
-    return np.asarray(flash_attention(*draws(), implementation="reference", **arguments))
+    return np.asarray(judge_of(name)(*draws(), **arguments))
+
+
+def test_every_name_has_a_judge():
+    assert set(NAMES) == set(EXACT) | set(OTHERS) and set(ELSEWHERE) < set(EXACT)
 
 
 def test_an_example_of_every_argument():
@@ -57,7 +109,7 @@ def test_an_example_of_every_argument():
 @pytest.mark.parametrize("argument", sorted(ARGUMENTS))
 @pytest.mark.parametrize("name", NAMES)
 def test_honoured_or_refused(name, argument):
-    impl, arguments = AttentionRegistry.create(name, one_device()), call(name, EXAMPLES[argument])
+    impl, arguments = create(name), call(name, EXAMPLES[argument])
     if argument in REFUSES.get(name, {}):
         with pytest.raises(UnsupportedError) as caught:
             impl(*draws(), **arguments)
@@ -75,13 +127,13 @@ GRADIENTS = [
     pytest.param(name, argument, marks=[] if name == "flash_attn2" and argument in FAST else pytest.mark.slow)
     for name in NAMES
     for argument in sorted(ARGUMENTS)
-    if name not in REFUSES
+    if argument not in REFUSES.get(name, {})
 ]
 
 
 @pytest.mark.parametrize("name, argument", GRADIENTS)
 def test_gradients(name, argument):
-    impl, arguments = AttentionRegistry.create(name, one_device()), call(name, EXAMPLES[argument])
+    impl, arguments = create(name), call(name, EXAMPLES[argument])
     weights = jnp.asarray(np.random.default_rng(0).standard_normal(draws()[0].shape), jnp.float32)
     differentiable = {key: x for key, x in arguments.items() if key in ("bias", "alibi_slopes", "sinks")}
     constant = {key: x for key, x in arguments.items() if key not in differentiable}
@@ -93,7 +145,7 @@ def test_gradients(name, argument):
         return jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(draws(), differentiable))
 
     found = grads(lambda *tensors, **given: impl(*tensors, **given).attention_outputs)
-    wanted = grads(functools.partial(flash_attention, implementation="reference"))
+    wanted = grads(judge_of(name))
     assert len(found) == 3 + len(differentiable)
     for got, want in zip(found, wanted):
         assert np.abs(got - want).max() < 2e-5 * max(1.0, np.abs(want).max())
@@ -104,6 +156,8 @@ REASONS = {
     ("splash", "'backend' must be a TPU, but got cpu. Use 'flash_attn2'."): {},
     ("triangle", "'causal' must be True (it computes the lower triangle), but got False."): {},
     ("local", "'local_window_size' must be given, or prev_block_num or next_block_num, but got None."): {},
+    ("dilated", "'segment_size' must be given, but got None. Use 'flash_attn2'"): {},
+    ("landmark", "'causal' must be True (landmarks stand for past blocks), but got "): {},
 }
 
 
@@ -124,12 +178,12 @@ def test_triangle_is_square():
 
 def conformance():
     """(mechanism, case) of the suite: what a mechanism takes among the single features, one of them fast."""
-    for name in NAMES:
+    for name in EXACT:
         fast = {"local": "two-sided token window", "blockwise": "mask"}.get(name, "causal")
         for case in tagged("ci"):
             banded = {"local": {"local_window_size", "prev_block_num"}, "triangle": {"is_causal"}}.get(name, set())
             square = name != "triangle" or case.lengths[0] == case.lengths[1]
-            if name not in REFUSES and not case.cotangent and square and (not banded or banded & set(case.options)):
+            if name not in ELSEWHERE and not case.cotangent and square and (not banded or banded & set(case.options)):
                 mark = [] if case.name == fast and name != "sdpa" else pytest.mark.slow
                 yield pytest.param(name, case, marks=mark, id="{}-{}".format(name, case))
 
@@ -152,9 +206,9 @@ def test_decoding_at_the_end_of_the_filled_cache():
 def test_weights_of_the_mechanisms_that_form_them():
     query, key, value = draws()
     for name in NAMES:
-        if name in REFUSES:
+        if name in ELSEWHERE:
             continue
-        result = AttentionRegistry.create(name, one_device())(query, key, value, **call(name, {"is_causal": True}))
+        result = create(name)(query, key, value, **call(name, {"is_causal": True}))
         if name in ("vanilla", "sharded_vanilla"):
             rebuilt = jnp.einsum("bnts,bsnd->btnd", result.attention_weights, jnp.repeat(value, N // K, axis=2))
             np.testing.assert_allclose(rebuilt, result.attention_outputs, atol=1e-6)

@@ -136,18 +136,58 @@ def test_honoured_or_refused(name, argument):
         )
 
 
+class _Function(nn.Cell):
+    """A function as a Cell."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def construct(self, query, key, value, **arguments):
+        return self.function(query, key, value, **arguments)
+
+
+TOGETHER = {  # every feature of which a mechanism can have gradients; each takes what it does not refuse
+    "causal, mask, ALiBi, dropout": ("is_causal", "mask", "alibi_slopes", "dropout_rate", "scale"),
+    "window, bias, sinks, soft cap, segments": (
+        "local_window_size", "bias", "sinks", "logits_soft_cap", "q_segment_ids",
+    ),
+}  # fmt: skip
+
+
+def gradient_cases():
+    """(mechanism, features, mode): one set of them compiled."""
+    for name in NAMES:
+        for title, features in TOGETHER.items():
+            if set(features) - set(REFUSES.get(name, ())):
+                yield name, title, "pynative"
+        if name not in OTHERS:
+            yield name, next(iter(TOGETHER)), "graph"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["pynative", "graph"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in OTHERS])
-def test_gradients(name, how):
-    arguments = {
-        key: x for each in ("is_causal", "mask", "alibi_slopes", "dropout_rate") for key, x in EXAMPLES[each].items()
-    }
+@pytest.mark.parametrize("name, title, how", list(gradient_cases()))
+def test_gradients(name, title, how):
+    taken = [each for each in TOGETHER[title] if each not in REFUSES.get(name, ())]
+    arguments = {key: x for each in taken for key, x in EXAMPLES[each].items()}
     cell, keywords = build(name, arguments)
+    tensors = [Tensor(x) for x in draws()]
     with mode(how):
-        grads = ops.grad(_Loss(cell, keywords), (0, 1, 2))(*[Tensor(x) for x in draws()])
-    for got, want in zip(grads, formula(name, arguments)[1:]):
+        grads = ops.grad(_Loss(cell, keywords), (0, 1, 2))(*tensors)
+    if name in OTHERS:
+        given = dict(ALWAYS.get(name, {}), **arguments)
+        wanted = [x.asnumpy() for x in ops.grad(_Loss(_Function(OTHERS[name]), given), (0, 1, 2))(*tensors)]
+    else:
+        wanted = formula(name, arguments)[1:]
+    for got, want in zip(grads, wanted):
         assert np.abs(got.asnumpy() - want).max() < 2e-5 * max(1.0, np.abs(want).max())
+
+
+def test_every_argument_with_a_gradient_is_in_a_set():
+    """Those left out change what is seen by numbers alone, as others in the sets do."""
+    numbers = {"query_seq_lengths", "key_value_seq_lengths", "prev_block_num", "next_block_num", "block_size"}
+    covered = {key for features in TOGETHER.values() for each in features for key in EXAMPLES[each]}
+    assert covered | numbers | {"q_offset"} == set(ARGUMENTS)
 
 
 def test_weights():

@@ -3,16 +3,17 @@
 import functools
 import importlib.util
 import itertools
+import re
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.jax_engines import JaxEngine, forward_and_backward, heads_of
+from support.jax_engines import JaxEngine, forward_and_backward, heads_of, in_float64
 from support.padded import KV_LENGTHS, Q_LENGTHS, assert_padding_is_ignored
 
-from conformance import BANDS, Case, make_inputs, tagged
+from conformance import BANDS, Case, judge, make_inputs, tagged
 from flash_attention.core.errors import UnsupportedError
 from flash_attention.core.plan import make_plan
 from flash_attention.core.spec import AttentionSpec, Operands
@@ -140,19 +141,24 @@ def kernels(case, backward=True):
 
     cotangents = d_out, jnp.asarray(inputs.d_lse)
     program = jax.jit(run).trace(*qkv, *cotangents, **tensors).lower(lowering_platforms=("cuda",)).as_text()
-    found = ("flash_attention_forward", "flash_attention_query_gradient", "flash_attention_key_gradients")
-    assert "stablehlo.while" not in program or case.bias != "none", "nothing but the kernels does the work"
-    return [name for name in found if name in program]
+    assert "stablehlo.while" not in program, "nothing but the kernels does the work"
+    return {name for name in re.findall(r'name = "(\w+)"', program) if name.startswith("flash_attention_")}
+
+
+def expected(case, backward=True, forward="forward"):
+    """Their names, as the case needs them."""
+    found = [forward] + ["query_gradient", "key_gradients"] * backward + ["bias_gradient"] * (case.bias != "none")
+    return {"flash_attention_" + name for name in found}
 
 
 EVERYTHING = Case(
     dtype="bfloat16", lengths=(129, 200), head_dim=40, band="blocks16-causal", mask="dense", slopes="alibi-batch",
-    logits="cap", sinks=True, ids="segments", offset="traced-batch", dropout=0.1, cotangent=True,
+    logits="cap", sinks=True, ids="segments", offset="traced-batch", dropout=0.1, cotangent=True, bias="heads",
 )  # fmt: skip
 
 
 def test_everything_lowers_for_cuda():
-    assert len(kernels(EVERYTHING)) == 3
+    assert kernels(EVERYTHING) == expected(EVERYTHING)
 
 
 GRID = [
@@ -164,7 +170,7 @@ GRID = [
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_every_head_size_lowers(case):
-    assert len(kernels(case)) == 3
+    assert kernels(case) == expected(case)
 
 
 @pytest.mark.slow
@@ -172,13 +178,14 @@ def test_every_head_size_lowers(case):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_tile_lowers(dtype, tile, monkeypatch):
     monkeypatch.setattr(sizes, "tiles_of", lambda spec, direction: sizes.Tiles(*tile, 64, 4, 2))
-    assert len(kernels(Case(dtype=dtype, head_dim=64, band="window", lengths=(200, 200)))) == 3
+    case = Case(dtype=dtype, head_dim=64, band="window", lengths=(200, 200), bias="heads")
+    assert kernels(case) == expected(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in tagged("ci") if case.ids != "int-lengths"], ids=str)
 def test_every_feature_lowers(case):
-    assert len(kernels(case, case.gradients)) == (3 if case.gradients else 1)
+    assert kernels(case, case.gradients) == expected(case, case.gradients)
 
 
 @pytest.mark.slow
@@ -194,6 +201,78 @@ def test_export(dtype):
     ]
     exported = export.export(call, platforms=("cuda",), disabled_checks=checks)(q, q, q)
     assert exported.platforms == ("cuda",) and "flash_attention_forward" in exported.mlir_module()
+
+
+# --- keys that programs share out -----------------------------------------------------------------------------------
+DECODING = {
+    "one query": Case(lengths=(1, 1100), band="causal", heads=(1, 2, 1), gradients=False),
+    "sinks, ALiBi, dropout": Case(
+        lengths=(3, 700), band="causal", heads=(1, 4, 2), sinks=True, slopes="alibi", dropout=0.2, cotangent=True
+    ),
+    "lengths": Case(lengths=(2, 900), ids="lengths", mask="dense", layout="BSND", gradients=False),
+    "rows that see nothing": Case(lengths=(9, 800), mask="rows", sinks=True, gradients=False),
+    "segments, bf16": Case(
+        lengths=(5, 800), ids="segments", dtype="bfloat16", layout="BSND", logits="cap", bias="keys", gradients=False
+    ),
+    "run-time offset": Case(lengths=(4, 1000), band="causal", offset="traced-batch", gradients=False),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "one query" else pytest.mark.slow) for name in DECODING]
+)
+def test_parts_of_the_keys_are_merged(name, monkeypatch):
+    case = DECODING[name]
+    # Small tiles, so that short calls have many parts.
+    monkeypatch.setattr(sizes, "tiles_of", lambda spec, direction: sizes.Tiles(16, 32, 32, 4, 1))
+    assert sizes.parts_of(case.spec, sizes.tiles_of(case.spec, "forward")) >= 5
+    judge(JaxEngine("pallas").run, case, JaxEngine.functions)
+
+
+def test_parts_lower_for_cuda():
+    case = Case(dtype="bfloat16", lengths=(1, 4096), head_dim=128, band="causal", heads=(1, 8, 2))
+    assert kernels(case, backward=False) == expected(case, False, "forward_of_parts")
+
+
+def test_how_many_parts():
+    """Two programs for each of 132 processors, at least 4 key tiles each, 32 at most; none for long queries."""
+
+    def parts(batch, heads, q_len, kv_len, **fields):
+        spec = AttentionSpec(batch, heads, heads, q_len, kv_len, 128, "bfloat16", causal=True, **fields)
+        return sizes.parts_of(spec, sizes.Tiles(64, 64, 128, 4, 2))
+
+    assert parts(1, 32, 1, 32768) == 9 and parts(1, 8, 1, 32768) == 32 and parts(16, 32, 1, 32768) == 1
+    assert parts(1, 8, 1, 1024) == 4 and parts(1, 8, 1, 200) == 1 and parts(1, 8, 65, 32768) == 1
+    assert parts(1, 8, 1, 32768, local_window_size=(1023, 0)) == 4
+    assert parts(1, 32, 64, 32768) == 9
+
+
+# --- the gradient of a bias -----------------------------------------------------------------------------------------
+SHAPES = [
+    pytest.param(shape, marks=[] if shape in ((2, 1, 70, 1), (1, 1, 1, 90)) else pytest.mark.slow)
+    for shape in itertools.product((1, 2), (1, 4), (1, 70), (1, 90))
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bias_gradient_of_every_shape(shape):
+    rng = np.random.default_rng(0)
+    query, d_out = rng.standard_normal((2, 2, 70, 4, 16))
+    key, value = rng.standard_normal((2, 2, 90, 2, 16))
+    bias = rng.standard_normal(shape)
+
+    def gradient(dtype, **options):
+        def loss(bias):
+            out = flash_attention(*tensors, bias, local_window_size=(30, 9), logits_soft_cap=2.0, **options)
+            return (out * cotangent).sum()
+
+        *tensors, cotangent, given = (jnp.asarray(x, dtype) for x in (query, key, value, d_out, bias))
+        return np.asarray(jax.jit(jax.grad(loss))(given))
+
+    with in_float64():
+        want = gradient(jnp.float64, implementation="reference")
+    found = gradient(jnp.float32, implementation="pallas")
+    assert found.shape == want.shape and np.abs(found - want).max() < 1e-5 * max(1.0, np.abs(want).max())
 
 
 # --- results beyond the suite ----------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_versions_name_what_is_and_what_is_not_installed():
     assert found["numpy"] == np.__version__
     assert machine.package_version("no-such-package-here") is None
     assert set(found) == {"flash_attention", "python", "numpy", "mindspore", "jax", "jaxlib", "torch", "CANN"}
+    assert machine.versions(("pytest",))["pytest"] == pytest.__version__
 
 
 def test_cann_version_is_read_from_its_file(tmp_path, monkeypatch):
@@ -567,6 +568,16 @@ def test_every_benchmark_is_registered_with_distinct_jobs():
             assert len(set(labels)) == len(labels) and (job.base is None or job.base in labels)
 
 
+def test_peers_need_one_that_is_installed(monkeypatch):
+    from flash_attention.tools.bench import suite_peers
+
+    refusal = registry.load()["peers"].refusal
+    monkeypatch.setattr(suite_peers, "installed", lambda name: name == "ejkernel")
+    assert refusal() is None
+    monkeypatch.setattr(suite_peers, "installed", lambda name: False)
+    assert refusal() == "one of tokamax, ringattention, ejkernel, which `bash build.sh bench peers` installs"
+
+
 @pytest.mark.parametrize("cpu_class", ["A", "B"])
 def test_figures_of_an_empty_run_are_not_measured_and_of_a_full_one_all_are(cpu_class):
     where = {"cpu_class": cpu_class, "limits": {"numpy": {"read_gbytes": 20.0}}}
@@ -634,6 +645,13 @@ def test_source_digest_follows_the_code_it_names(tmp_path, monkeypatch):
     assert machine.source_digest(("core", "jax")) == before  # no such folder
     (tmp_path / "core" / "a.py").write_text("x = 2")
     assert machine.source_digest(("core",)) != before
+    (tmp_path / "on_top").mkdir()
+    (tmp_path / "on_top" / "__init__.py").write_text("x = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with_package = machine.source_digest(("core",), "on_top")
+    assert with_package != machine.source_digest(("core",))
+    (tmp_path / "on_top" / "__init__.py").write_text("x = 2")
+    assert machine.source_digest(("core",), "on_top") != with_package
 
 
 # --- bench: the command -----------------------------------------------------------------------------

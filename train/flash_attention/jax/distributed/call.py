@@ -15,8 +15,9 @@ from flash_attention.core.spec import Operands
 from flash_attention.jax.distributed import exchange
 from flash_attention.jax.distributed.mesh import Axes, index_along, shard_map
 from flash_attention.jax.distributed.plan import make_plan
-from flash_attention.jax.distributed.ring import Shard, Static, add_sinks, circulate, pair_spec
+from flash_attention.jax.distributed.ring import Shard, Static, circulate, pair_spec
 from flash_attention.jax.engines import xla
+from flash_attention.jax.engines.shared import add_sinks
 from flash_attention.jax.functional import call_of, prepare
 
 LAYER = "distributed.attention"

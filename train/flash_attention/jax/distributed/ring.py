@@ -20,6 +20,7 @@ from flash_attention.core.spec import AttentionSpec, Operands
 from flash_attention.jax.distributed.exchange import group_index, send
 from flash_attention.jax.distributed.plan import Plan
 from flash_attention.jax.engines import xla
+from flash_attention.jax.engines.shared import add_sinks
 
 
 class Static(NamedTuple):
@@ -245,14 +246,6 @@ def _forward(static, shard):
     if shard.sinks is not None:
         out, lse = add_sinks(out, lse, shard.sinks)
     return out.astype(jnp.float32 if static.plan.strategy == "merge" else shard.query.dtype), lse
-
-
-def add_sinks(out, lse, sinks):
-    """Let the logits ``sinks`` (n,) join the denominators of (..., n, C, D), (..., n, C); dead rows stay dead."""
-    dead = jnp.isneginf(lse)
-    safe = jnp.where(dead, 0.0, lse)
-    joint = jnp.logaddexp(safe, sinks[:, None])
-    return out * jnp.exp(safe - joint)[..., None], jnp.where(dead, -jnp.inf, joint)
 
 
 def _circulate_fwd(static, shard):

@@ -1,13 +1,12 @@
 """The `pallas` engine: FlashAttention-2 as our own kernels for GPUs, in Pallas, which compiles them through Triton.
 
-front end -> **run** -> pallas_forward / pallas_backward -> pallas_tiles -> the tile's scores, from xla_tiles. On the
-CPU the same kernels are interpreted: slow, and the same results.
+front end -> **run** -> pallas_forward / pallas_backward / pallas_bias -> pallas_tiles -> the tile's scores, from
+xla_tiles. On the CPU the same kernels are interpreted: slow, and the same results.
 """
 
 from flash_attention.core.engine import Engine
 from flash_attention.core.errors import Reason
 from flash_attention.core.spec import Operands
-from flash_attention.jax.engines import xla
 from flash_attention.jax.engines.pallas_sizes import DIRECTIONS, MAX_HEAD_DIM, shared_bytes, shared_limit, tiles_of
 from flash_attention.jax.engines.platforms import backend, compiled_or_interpreted
 from flash_attention.jax.engines.shared import (
@@ -25,10 +24,7 @@ _MOST_PROGRAMS = 65535  # along the second and third axis of a grid of CUDA
 
 
 def run(spec, query, key, value, operands=Operands()):
-    """FlashAttention-2 in kernels that visit planned tiles only; arguments and results as :func:`xla.run`.
-
-    The gradient of a bias, where it is used, is computed by `xla`.
-    """
+    """FlashAttention-2 in kernels that visit planned tiles only; arguments and results as :func:`xla.run`."""
     return _attention(spec, query, key, value, operands)
 
 
@@ -43,6 +39,7 @@ def forward_pass(spec, query, key, value, operands):
 @per_example
 def backward_pass(spec, saved, cotangents):
     from flash_attention.jax.engines.pallas_backward import key_gradients, query_gradient
+    from flash_attention.jax.engines.pallas_bias import bias_gradient
 
     query, key, value, operands, out, lse = saved
     d_out, d_lse = cotangents
@@ -53,8 +50,10 @@ def backward_pass(spec, saved, cotangents):
     d_key, d_value = compiled_or_interpreted(PLATFORMS, *key_gradients(*inputs))
     d_slopes = slope_gradient(operands.slopes, d_slopes[0]) if d_slopes else None
     d_sinks = sink_gradient(operands.sinks, lse, delta) if spec.sinks else None
-    # A program of its own, which the compiler drops where the bias is a constant.
-    d_bias = None if spec.bias_shape is None else xla.backward_pass(spec, saved, cotangents)[3]
+    d_bias = None
+    if spec.bias_shape is not None:  # a kernel of its own, which the compiler drops where the bias is a constant
+        (d_bias,) = compiled_or_interpreted(PLATFORMS, *bias_gradient(*inputs))
+        d_bias = d_bias.astype(operands.bias.dtype)
     return d_query, d_key, d_value, d_bias, d_slopes, d_sinks
 
 

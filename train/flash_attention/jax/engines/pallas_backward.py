@@ -23,7 +23,7 @@ def query_gradient(spec, query, key, value, operands, d_out, lse, delta):
     """
     tiles = sizes.tiles_of(spec, "query")
     plan = tiling.plan_by_query(spec, operands, tiles)
-    found = _operands(spec, query, key, value, operands, plan, d_out, lse, delta)
+    found = operands_of(spec, query, key, value, operands, plan, d_out, lse, delta)
     outs = [(query.shape, xla_tiles.out_dtype(spec, query), tiling.axes_of_heads(spec)[0])]
     if spec.alibi_shape is not None:
         outs.append((lse.shape, jnp.float32, "bnq"))
@@ -35,14 +35,15 @@ def key_gradients(spec, query, key, value, operands, d_out, lse, delta):
     """``(body, arrays)``: ``body(interpret, arrays)`` gives [dK, dV] like the key. Args as :func:`query_gradient`."""
     tiles = sizes.tiles_of(spec, "key")
     plan = tiling.plan_by_key(spec, operands, tiles)
-    found = _operands(spec, query, key, value, operands, plan, d_out, lse, delta)
+    found = operands_of(spec, query, key, value, operands, plan, d_out, lse, delta)
     outs = [(key.shape, xla_tiles.out_dtype(spec, key), tiling.axes_of_heads(spec)[1])] * 2
     grid = (pl.cdiv(spec.kv_len, tiles.keys), spec.kv_heads, key.shape[0])
     name = "flash_attention_key_gradients"
-    return tiling.call(spec, tiles, _key_kernel, name, grid, found, outs, by_group=True)
+    return tiling.call(spec, tiles, _key_kernel, name, grid, found, outs, tiling.Span(heads=spec.group))
 
 
-def _operands(spec, query, key, value, operands, plan, d_out, lse, delta):
+def operands_of(spec, query, key, value, operands, plan, d_out, lse, delta):
+    """``{name: (array, axes)}`` of what a backward kernel reads."""
     found = tiling.operands_of(spec, query, key, value, operands, plan)
     found.pop("sinks", None)  # their gradient needs no tile
     found["d_out"] = (d_out.astype(query.dtype), tiling.axes_of_heads(spec)[0])
@@ -50,18 +51,17 @@ def _operands(spec, query, key, value, operands, plan, d_out, lse, delta):
     return found
 
 
-def _of_query_tile(refs, tile, head=0):
+def of_query_tile(refs, tile):
     """(rows, which exist, q, dO, lse, delta) of a query tile; rows that do not exist have no probability."""
-    rows, exists = refs.rows(tile, head)
-    q, d_o = (refs.heads(name, rows.start, exists, head) for name in ("query", "d_out"))
-    lse = refs.per_row("lse", rows, exists, head, jnp.inf)
-    delta = refs.per_row("delta", rows, exists, head)
+    rows, exists = refs.rows(tile)
+    q, d_o = (refs.heads(name, rows.start, exists) for name in ("query", "d_out"))
+    lse, delta = refs.per_row("lse", rows, exists, jnp.inf), refs.per_row("delta", rows, exists)
     return rows, exists, xla_tiles.load_query(refs.spec, q, q.dtype), d_o, lse, delta
 
 
 def _query_kernel(refs, d_query_ref, d_slopes_ref=None):
     spec, tiles, tile = refs.spec, refs.tiles, pl.program_id(0)
-    rows, exists, q, d_o, lse, delta = _of_query_tile(refs, tile)
+    rows, exists, q, d_o, lse, delta = of_query_tile(refs, tile)
 
     def visit(n, edge, carry):
         d_q, d_slope = carry
@@ -75,9 +75,9 @@ def _query_kernel(refs, d_query_ref, d_slopes_ref=None):
 
     carry = jnp.zeros((tiles.rows, tiles.dim), jnp.float32), jnp.zeros((tiles.rows,), jnp.float32)
     d_q, d_slope = tiling.sweep(spec, tiles, refs.bounds(tile), visit, carry)
-    tiling.store_heads(refs, d_query_ref, "query", d_q * spec.scale)
+    tiling.store(spec, d_query_ref, refs.axes["query"], d_q * spec.scale, q=rows.start)
     if d_slopes_ref is not None:
-        tiling.store_rows(refs, d_slopes_ref, d_slope)
+        tiling.store(spec, d_slopes_ref, "bnq", d_slope, q=rows.start)
 
 
 def _key_kernel(refs, d_key_ref, d_value_ref):
@@ -86,10 +86,12 @@ def _key_kernel(refs, d_key_ref, d_value_ref):
     k, v = (refs.heads(name, start, key_exists) for name in ("key", "value"))
 
     def of_head(head, carry):
+        own = refs.at(head)
+
         def visit(n, edge, carry):
             d_k, d_v = carry
-            rows, exists, q, d_o, lse, delta = _of_query_tile(refs, n, head)
-            extras = refs.extras(rows, exists, start, column, key_exists, edge, head)
+            rows, exists, q, d_o, lse, delta = of_query_tile(own, n)
+            extras = own.extras(rows, exists, start, column, key_exists, edge)
             p, _, d_raw = score_grads(spec, q, k, v, d_o, lse, delta, extras, rows.key, flip=True)
             d_k = d_k + xla_tiles.nn(d_raw.astype(q.dtype), q)
             return d_k, d_v + xla_tiles.nn(p.astype(d_o.dtype), d_o)
@@ -99,5 +101,5 @@ def _key_kernel(refs, d_key_ref, d_value_ref):
     carry = (jnp.zeros((tiles.keys, tiles.dim), jnp.float32),) * 2
     d_k, d_v = lax.fori_loop(0, spec.group, of_head, carry) if spec.group > 1 else of_head(0, carry)
     d_k = d_k if xla_tiles.folds_scale(spec, k.dtype) else d_k * spec.scale
-    tiling.store_heads(refs, d_key_ref, "key", d_k)
-    tiling.store_heads(refs, d_value_ref, "key", d_v)
+    for ref, grad in ((d_key_ref, d_k), (d_value_ref, d_v)):
+        tiling.store(spec, ref, refs.axes["key"], grad, k=start)

@@ -38,7 +38,7 @@ class Tiles(NamedTuple):
 _FORWARD = ((128, 128, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1))
 _BACKWARD = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1))
 _LEAST = (16, 16, 4, 1)
-DIRECTIONS = ("forward", "query", "key")
+DIRECTIONS = ("forward", "query", "key", "bias")
 
 
 def power_of_two(size, least=16):
@@ -55,19 +55,20 @@ def shared_bytes(spec, tiles, direction):
 
     Args:
         spec: :class:`~flash_attention.core.spec.AttentionSpec`.
-        direction: 'forward', 'query' (dQ) or 'key' (dK and dV).
+        direction: 'forward', 'query' (dQ), 'key' (dK and dV) or 'bias' (its gradient).
     """
     size = SIZE[spec.dtype]
     by_rows, by_keys = tiles.rows * tiles.dim * size, tiles.keys * tiles.dim * size
-    resident = {"forward": by_rows, "query": 2 * by_rows, "key": 2 * by_keys}[direction]
+    resident = {"forward": by_rows, "query": 2 * by_rows, "key": 2 * by_keys, "bias": 2 * by_rows}[direction]
     streamed = 2 * by_rows if direction == "key" else 2 * by_keys
     scores = tiles.rows * tiles.keys
     streamed += scores * ((spec.mask_shape is not None) + 4 * (spec.bias_shape is not None))
     # Statistics, bounds, segment ids and dropout keys: at most six 4-byte values a row and two a key.
     streamed += 4 * (6 * tiles.rows + 2 * tiles.keys)
-    computed = scores * size * (1 if direction == "forward" else 2)
-    stored = 4 * tiles.dim * (2 * tiles.keys if direction == "key" else tiles.rows)
-    return max(resident + tiles.stages * streamed + computed, stored)
+    computed = scores * size * {"forward": 1, "query": 2, "key": 2, "bias": 0}[direction]
+    by_dim = tiles.dim * (2 * tiles.keys if direction == "key" else tiles.rows)
+    stored = scores if direction == "bias" else by_dim
+    return max(resident + tiles.stages * streamed + computed, 4 * stored)
 
 
 def shared_limit():
@@ -91,3 +92,24 @@ def tiles_of(spec, direction):
             return tiles
     rows, keys, warps, stages = _LEAST
     return Tiles(rows, keys, dim, warps, stages)
+
+
+_PROGRAMS_A_PROCESSOR = 2
+_LEAST_PART = 4  # key tiles
+_MOST_PARTS = 32
+_PROCESSORS = 132  # of an H100; of the GPU at hand where there is one
+
+
+def parts_of(spec, tiles):
+    """Programs that share out the keys of a head: more than one where few queries would leave the GPU idle.
+
+    As many as give each processor two programs, at least 4 key tiles each. What is seen is estimated for queries at the
+    end of the keys; it decides about speed alone.
+    """
+    if spec.q_len > tiles.rows:
+        return 1
+    last = spec.kv_len - 1
+    seen = spec.band.last_key(last) - spec.band.first_key(last - spec.q_len + 1) + 1
+    processors = jax.devices()[0].core_count if jax.default_backend() == "gpu" else _PROCESSORS
+    wanted = -(-_PROGRAMS_A_PROCESSOR * processors // (spec.batch * spec.heads))
+    return max(1, min(wanted, seen // tiles.keys // _LEAST_PART, _MOST_PARTS))

@@ -8,6 +8,7 @@ size, 1 and - heads and tokens that are broadcast; of axes with other letters ea
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,9 +134,9 @@ def operands_of(spec, query, key, value, operands, plan):
     }
     if spec.mask_shape is not None:
         mask = (operands.mask > 0).astype(jnp.int8)  # Triton loads no single bits
-        found["mask"] = (mask, "vw" if spec.compact_mask else _axes_of_window(spec, spec.mask_shape))
+        found["mask"] = (mask, "vw" if spec.compact_mask else axes_of_window(spec, spec.mask_shape))
     if spec.bias_shape is not None:
-        found["bias"] = (operands.bias.astype(jnp.float32), _axes_of_window(spec, spec.bias_shape))
+        found["bias"] = (operands.bias.astype(jnp.float32), axes_of_window(spec, spec.bias_shape))
     if spec.alibi_shape is not None:
         found["slopes"] = (operands.slopes.astype(jnp.float32).reshape(-1, spec.heads), "bn")
     if spec.sinks:
@@ -148,7 +149,7 @@ def operands_of(spec, query, key, value, operands, plan):
     return found
 
 
-def _axes_of_window(spec, shape):
+def axes_of_window(spec, shape):
     """Axes of a (1|B, 1|N, 1|Sq, 1|Sk) tensor."""
     full = ("n", spec.heads, "1"), ("q", spec.q_len, "-"), ("k", spec.kv_len, "-")
     return "b" + "".join(axis if size == want else one for size, (axis, want, one) in zip(shape[1:], full))
@@ -163,21 +164,36 @@ def _counts(spec, operands, offset, kv_lengths):
     return jnp.concatenate([column.astype(jnp.int32) for column in columns], axis=1)
 
 
-def call(spec, tiles, kernel, name, grid, found, outs, by_group=False):
+class Span(NamedTuple):
+    """What one program covers beside its tile: so many query heads, with their key/value heads, and batch rows."""
+
+    heads: int = 1
+    batch: int = 1  # or all
+
+
+def row_and_column(number, across):
+    """Where item ``number`` lies when they are counted row by row, ``across`` in each."""
+    if across == 1:  # jax 0.6 lowers no remainder of a division by the constant 1
+        return number, 0
+    return lax.div(number, across), lax.rem(number, across)
+
+
+def call(spec, tiles, kernel, name, grid, found, outs, span=Span()):
     """``pallas_call`` of a kernel: ``kernel(refs, *out_refs)`` with ``refs`` a :class:`Refs`.
 
     Args:
-        grid: (tiles, heads, batch); heads are key/value heads with their group of query heads when ``by_group``.
+        grid: (tiles, heads, batch), the last two in units of ``span``.
         found: ``{name: (array, axes)}``.
-        outs: ``[(shape, dtype, axes)]``; axes q and k are cut into the program's tile.
+        outs: ``[(shape, dtype, axes)]``; axes q and k are cut into the program's tile. Where an output has both, tiles
+            are counted row by row.
     """
     arrays = {key: array for key, (array, _) in found.items()}
     axes = {key: letters for key, (_, letters) in found.items()}
-    block = functools.partial(_block, spec, tiles, by_group)
+    block = functools.partial(_block, spec, tiles, span)
 
     def body(interpret, arrays):
         return pl.pallas_call(
-            lambda refs, *out_refs: kernel(Refs(spec, tiles, refs, axes), *out_refs),
+            lambda refs, *out_refs: kernel(Refs(spec, tiles, span, refs, axes), *out_refs),
             out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outs],
             in_specs=[{key: block(array.shape, axes[key]) for key, array in arrays.items()}],
             out_specs=[block(shape, letters, tiled=True) for shape, _, letters in outs],
@@ -190,30 +206,33 @@ def call(spec, tiles, kernel, name, grid, found, outs, by_group=False):
     return body, arrays
 
 
-def _block(spec, tiles, by_group, shape, axes, tiled=False):
-    """BlockSpec of an operand: the program's batch row and heads; of the other axes all, padded to whole tiles.
+def _block(spec, tiles, span, shape, axes, tiled=False):
+    """BlockSpec of an operand: the program's batch rows and heads; of the other axes all, padded to whole tiles.
 
-    A ``tiled`` one (an output) is cut along q or k into the program's own tile.
+    A ``tiled`` one (an output) is cut along q or k into the program's own tile, and has one batch row.
     """
     unit = {"q": tiles.rows, "k": tiles.keys, "d": tiles.dim}
+    covered = {"n": span.heads, "m": max(1, span.heads // spec.group)}
     sizes, index = [], []
     for size, axis in zip(shape, axes):
-        if axis == "b":
+        if axis == "b" and (tiled or span.batch == 1):
             sizes.append(None)
             index.append(None if size == 1 else "b")
-        elif axis in "nm":
-            sizes.append(spec.group if axis == "n" and by_group else 1)
+        elif axis in covered:
+            sizes.append(covered[axis])
             index.append(axis)
         elif axis in unit:
             cut = tiled and axis != "d"
             sizes.append(unit[axis] if cut else pl.cdiv(size, unit[axis]) * unit[axis])
-            index.append("tile" if cut else None)
+            index.append(axis if cut else None)
         else:
             sizes.append(size)
             index.append(None)
+    across = pl.cdiv(spec.kv_len, tiles.keys) if {"q", "k"} <= set(index) else None
 
     def where(tile, head, batch):
-        at = {"b": batch, "n": head, "m": head if by_group else head // spec.group, "tile": tile}
+        q, k = (tile, tile) if across is None else row_and_column(tile, across)
+        at = {"b": batch, "n": head, "m": head // spec.group if span.heads == 1 else head, "q": q, "k": k}
         return tuple(0 if name is None else at[name] for name in index)
 
     return pl.BlockSpec(tuple(sizes), where)
@@ -237,36 +256,48 @@ def _store(ref, index, value, mask):
         pl.store(ref, index, value, mask=mask)
 
 
-def store_rows(refs, ref, value):
-    """Write (R,) values of the program's query tile to a (B, N, Sq) output."""
-    size = refs.tiles.rows
-    index = pl.program_id(0) * size + jnp.arange(size, dtype=jnp.int32)
-    _store(ref, (0, pl.ds(0, size)), value, index < refs.spec.q_len)
+def store(spec, ref, axes, value, **start):
+    """Write a program's tile to its part of an output; the value's axes are q, k, d and - of ``axes``, in their order.
 
-
-def store_heads(refs, ref, like, value):
-    """Write the program's tile (R|C, D) to an output that is laid out as the operand ``like``."""
-    size, dim = value.shape
-    length = refs.spec.q_len if like == "query" else refs.spec.kv_len
-    index = pl.program_id(0) * size + jnp.arange(size, dtype=jnp.int32)
-    mask = (index < length)[:, None] & (jnp.arange(dim, dtype=jnp.int32) < refs.spec.head_dim)[None, :]
-    where = {"q": pl.ds(0, size), "k": pl.ds(0, size), "d": pl.ds(0, dim), "n": 0, "m": 0}
-    _store(ref, tuple(where[axis] for axis in refs.axes[like] if axis != "b"), value, mask)
+    ``start``: index of the tile's first query (q=) and key (k=). What lies beyond the end is not written.
+    """
+    ends = {"q": spec.q_len, "k": spec.kv_len, "d": spec.head_dim, "-": 1}
+    where, mask, number = [], True, 0
+    for axis in axes:
+        if axis in ends:
+            size = value.shape[number]
+            where.append(pl.ds(0, size))
+            inside = start.get(axis, 0) + jnp.arange(size, dtype=jnp.int32) < ends[axis]
+            mask = mask & jnp.expand_dims(inside, [n for n in range(value.ndim) if n != number])
+            number += 1
+        elif axis != "b":
+            where.append(0)
+    _store(ref, tuple(where), value, mask)
 
 
 class Refs:
-    """What a program sees of the operands: parts are read by name and by the slices of their axes."""
+    """What a program sees of the operands: parts are read by name and by the slices of their axes.
 
-    def __init__(self, spec, tiles, refs, axes):
-        self.spec, self.tiles, self.refs, self.axes = spec, tiles, refs, axes
+    ``head`` and ``batch`` are those of the program's :class:`Span` that are read; :meth:`at` chooses others.
+    """
+
+    def __init__(self, spec, tiles, span, refs, axes, head=0, batch=0):
+        self.spec, self.tiles, self.span, self.refs, self.axes = spec, tiles, span, refs, axes
+        self.head, self.batch = head, batch
+
+    def at(self, head, batch=0):
+        """The same, reading another query head and batch row of the span."""
+        return Refs(self.spec, self.tiles, self.span, self.refs, self.axes, head, batch)
 
     def __contains__(self, name):
         return name in self.refs
 
     def read(self, name, mask=None, other=0, **where):
         """Part of an operand; ``where`` gives an index or ``pl.ds`` an axis. Masked elements are ``other``."""
-        ref, where = self.refs[name], {"-": pl.ds(0, 1), "1": 0, "m": 0, **where}
-        index = [where[axis] for axis in self.axes[name] if axis != "b"]
+        ref, where = self.refs[name], {"-": pl.ds(0, 1), "1": 0, "n": self.head, **where}
+        where["m"] = self.head // self.spec.group if self.span.heads > self.spec.group else 0
+        where["b"] = self.batch if ref.shape[0] > 1 else 0
+        index = [where[axis] for axis in self.axes[name] if axis != "b" or self.span.batch > 1]
         shape = [x.size for x in index if isinstance(x, pl.Slice)]
         if mask is None:
             return _load(ref, tuple(index))
@@ -281,23 +312,23 @@ class Refs:
         """(first, stop, inner, end) of the program's tile."""
         return [self.read("plan", t=tile, v=number) for number in range(4)]
 
-    def rows(self, tile, head=0):
-        """``(Rows of a query tile, which of them exist (R,))`` of the program's query head ``head``."""
+    def rows(self, tile):
+        """``(Rows of a query tile, which of them exist (R,))``."""
         size = self.tiles.rows
         start = tile * size
         index = start + jnp.arange(size, dtype=jnp.int32)
         exists, part = index < self.count(1), pl.ds(start, size)
         low, high = self.read("low", exists, q=part), self.read("high", exists, -1, q=part)
-        slope = jnp.full((1,), self.read("slopes", n=head)) if "slopes" in self else None
+        slope = jnp.full((1,), self.read("slopes")) if "slopes" in self else None
         segment = self.read("q_segments", exists, q=part) if "q_segments" in self else None
-        key = self.read("row_keys", exists, n=head, q=part) if "row_keys" in self else None
+        key = self.read("row_keys", exists, q=part) if "row_keys" in self else None
         return Rows(start, index, index + self.count(0), None, slope, segment, key, (low, high)), exists
 
-    def per_row(self, name, rows, exists, head=0, other=0.0):
+    def per_row(self, name, rows, exists, other=0.0):
         """(R,) values of a (B, N, Sq) operand."""
-        return self.read(name, exists, other, n=head, q=pl.ds(rows.start, self.tiles.rows))
+        return self.read(name, exists, other, q=pl.ds(rows.start, self.tiles.rows))
 
-    def heads(self, name, start, exists, head=0):
+    def heads(self, name, start, exists):
         """(R|C, D) of a tensor of heads from row ``start`` on; what does not exist is 0. ``exists`` None = all do."""
         axis = "k" if "k" in self.axes[name] else "q"
         size, dim = self.tiles.keys if axis == "k" else self.tiles.rows, self.tiles.dim
@@ -305,7 +336,7 @@ class Refs:
         if dim != self.spec.head_dim:
             inside = (jnp.arange(dim, dtype=jnp.int32) < self.spec.head_dim)[None, :]
             mask = inside if mask is None else mask & inside
-        return self.read(name, mask, n=head, d=pl.ds(0, dim), **{axis: pl.ds(start, size)})
+        return self.read(name, mask, d=pl.ds(0, dim), **{axis: pl.ds(start, size)})
 
     def keys(self, tile):
         """``(first key, key indices (C,), which of them exist (C,))`` of a key tile."""
@@ -313,12 +344,12 @@ class Refs:
         column = start + jnp.arange(self.tiles.keys, dtype=jnp.int32)
         return start, column, column < self.count(2)
 
-    def extras(self, rows, exists, start, column, key_exists, edge, head=0):
+    def extras(self, rows, exists, start, column, key_exists, edge):
         """:class:`Extras` of the tile where ``rows`` meet the keys from ``start`` on."""
         spec = self.spec
         low, high = rows.interval if edge or masked_inside(spec) else (None, None)
         same = mask = bias = None
-        part = {"n": head, "q": pl.ds(rows.start, self.tiles.rows), "k": pl.ds(start, self.tiles.keys)}
+        part = {"q": pl.ds(rows.start, self.tiles.rows), "k": pl.ds(start, self.tiles.keys)}
         if spec.segments:
             same = (rows.segment, self.read("kv_segments", key_exists, k=part["k"]))
         if spec.compact_mask:

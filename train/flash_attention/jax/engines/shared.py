@@ -92,6 +92,14 @@ def sink_gradient(sinks, lse, delta):
     return -(share * delta).sum((0, 2)).astype(sinks.dtype)
 
 
+def add_sinks(out, lse, sinks):
+    """Let the logits ``sinks`` (n,) join the denominators of (..., n, C, D), (..., n, C); dead rows stay dead."""
+    dead = jnp.isneginf(lse)
+    safe = jnp.where(dead, 0.0, lse)
+    joint = jnp.logaddexp(safe, sinks[:, None])
+    return out * jnp.exp(safe - joint)[..., None], jnp.where(dead, -jnp.inf, joint)
+
+
 def dropout_origin(spec, operands):
     """int32 (4,): what dropout counts batch rows, heads, queries and keys from."""
     return jnp.asarray(spec.origin if operands.origin is None else operands.origin, jnp.int32)

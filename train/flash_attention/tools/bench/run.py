@@ -68,7 +68,8 @@ def run_one(benchmark, args):
     jobs = quick_jobs(benchmark.jobs()) if args.quick else benchmark.jobs()
     suffix = "-quick" if args.quick else ""
     path = os.path.join(args.out, "{}-{}{}.json".format(benchmark.name, machine.cpu_class(), suffix))
-    stamp = {"versions": benchmark.versions, "source": machine.source_digest(benchmark.sources)}
+    digest = machine.source_digest(benchmark.sources, benchmark.package)
+    stamp = {"versions": benchmark.versions, "source": digest}
     partial = Partial(path + ".partial", stamp, fresh=args.fresh or args.quick)
     pool, cores = Pool(), Cores(nearest=nearest_round_trip(args.out), patience=args.wait)
     try:

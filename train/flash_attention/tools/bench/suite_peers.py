@@ -2,6 +2,7 @@
 
 from flash_attention.tools.bench.cases import Case
 from flash_attention.tools.bench.registry import DIRECTIONS, Benchmark, Entry, Job, register, said
+from flash_attention.tools.machine import installed
 
 OURS = "xla"
 PEERS = ("tokamax", "ringattention", "ejkernel")
@@ -35,4 +36,22 @@ def _figures(results, machine):
     return figures
 
 
-register(Benchmark("peers", "beside jax.nn, tokamax, ringattention, ejkernel", _jobs, _figures, ("jax",), 20.0))
+def _refusal():
+    """What is missing: an environment without any of them has nothing to say."""
+    if any(map(installed, PEERS)):
+        return None
+    return "one of {}, which `bash build.sh bench peers` installs".format(", ".join(PEERS))
+
+
+register(
+    Benchmark(
+        "peers",
+        "beside jax.nn, tokamax, ringattention, ejkernel",
+        _jobs,
+        _figures,
+        ("jax",),
+        20.0,
+        packages=PEERS,
+        refusal=_refusal,
+    )
+)
