@@ -418,8 +418,8 @@ def _versions_line(language):
     return [pick(language, "Versions: ", "版本：") + ", ".join(found) + pick(language, ".", "。")]
 
 
-def _not_yet(language):
-    return [pick(language, "Not measured yet: run {}.", "尚未测量：请运行 {}。").format("`bash build.sh bench`")]
+def _not_yet(language, command="bash build.sh bench"):
+    return [pick(language, "Not measured yet: run {}.", "尚未测量：请运行 {}。").format("`{}`".format(command))]
 
 
 def measured_targets(language):
@@ -444,7 +444,7 @@ def library_steps(language):
     rows = library_tables.steps(_reports())
     header = pick(language, ("library", "model", "its own attention", "`portable`", "`jax`"),
                   ("库", "模型", "库自带的注意力", "`portable`", "`jax`"))  # fmt: skip
-    return markdown(header, rows) if rows else _not_yet(language)
+    return markdown(header, rows) if rows else _not_yet(language, "bash build.sh bench --integration")
 
 
 TABLES = {
