@@ -9,13 +9,13 @@ bash build.sh                  build dist/flash_attention-<version>-py3-none-any
 bash build.sh demo             train the small language model with our Cell and with naive attention, compare, plot
 bash build.sh test             the fast tests
 bash build.sh test all         the fast and the slow tests, those against the model libraries, then the table of figures
-bash build.sh test integration the tests against the model libraries, each in an environment of its own
+bash build.sh test integration [LIBRARY]   the tests against the model libraries (or one), each in its own environment
 bash build.sh bench [NAME]     measure the tables of docs/benchmarks (all, or NAME; arguments go to `flash_attention bench`)
 bash build.sh bench peers      the JAX twin beside jax.nn, tokamax, ringattention and ejkernel, in an environment of their own
 bash build.sh bench --integration   a training step inside the model libraries, against their own attention
 bash build.sh finetune LIBRARY train a tiny model of mindformers or mindone with its own attention and with our Cell
 bash build.sh env [EXTRA...]   only make the environment (with these extras; default: test), and print its Python
-What follows `test [all|integration]` goes to pytest:  bash build.sh test -k plan
+What follows `test [all|integration [LIBRARY]]` goes to pytest:  bash build.sh test -k plan
 
 demo, test, bench and env make .venv (MindSpore 2.10 or the newest wheel, numpy 1, jax 0.6.2) and install into it; the next
 run finds it made. Set these to change that:
@@ -206,9 +206,10 @@ run_tests() {
     return $status
 }
 
-test_libraries() { # test_libraries [pytest arguments]   the tests against each model library, in its environment
-    local base=$VENV library code status=5
-    for library in $LIBRARIES; do
+test_libraries() { # test_libraries [LIBRARY] [pytest arguments]   the tests against each model library, in its environment
+    local base=$VENV library code status=5 libraries=$LIBRARIES
+    case " $LIBRARIES " in *" ${1:--} "*) libraries=$1; shift ;; esac
+    for library in $libraries; do
         if [ $(($(date +%s) + 300)) -ge "${FLASH_DEADLINE:-99999999999}" ]; then # installing and one test take that long
             say "deadline: the tests against $library are left out"
             [ $status -ne 5 ] || status=0
@@ -219,7 +220,7 @@ test_libraries() { # test_libraries [pytest arguments]   the tests against each 
             VENV=$base
             make_library_env "$library" || exit
             "$VENV/bin/python" -m pytest -m integration --timeout "${FLASH_TEST_TIMEOUT:-900}" --durations 15 "$@" \
-                "tests/train/flash_attention/st/test_${library//[-.]/_}.py"
+                tests/*/*/st/"test_${library//[-.]/_}.py"
         ) || code=$?
         case $status in 0 | 5) [ $code -eq 5 ] || status=$code ;; esac # 5: -k has left none of this library's tests
     done
@@ -236,14 +237,17 @@ make_peer_env() { # sets VENV; a library that does not install here is named in 
     done
 }
 
-bench_libraries() { # bench_libraries --integration [arguments]   in the environment of each library that has benchmarks
+bench_libraries() { # bench_libraries --integration [arguments]   in the environment of each library
     local base=$VENV library
-    for library in mindone mindformers; do
+    for library in $LIBRARIES; do
         (
             VENV=$base
             make_library_env "$library" || exit
             export PYTHONPATH="$PYTHONPATH:$PWD/tests"
-            if [ "$library" = mindone ]; then export FLASH_BENCH_PREPARE=support.mindone_on_cpu; fi
+            case $library in # what the library lacks on a CPU, or in this MindSpore
+            mindone) export FLASH_BENCH_PREPARE=support.mindone_on_cpu ;;
+            mindformers-1.3) export FLASH_BENCH_PREPARE=support.mindformers_on_new_mindspore ;;
+            esac
             "$VENV/bin/python" -m flash_attention bench "$@"
         ) || return
     done
@@ -268,10 +272,11 @@ main() {
             "$VENV/bin/python" -m flash_attention bench "$@" --plot
             return
         fi
-        make_env test bench
         if [ "${1:-}" = --integration ]; then
+            make_env test
             bench_libraries "$@"
         else
+            make_env test bench
             "$VENV/bin/python" -m flash_attention bench "$@"
         fi
         ;;

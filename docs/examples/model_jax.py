@@ -90,7 +90,7 @@ def cached_logits(settings, weights, caches, step, tokens):
 
     layers = [functools.partial(attend, layer) for layer in range(settings.layers)]
     logits = model_logits(settings, layers, weights, tokens)
-    return jnp.take_along_axis(logits, (step.counts - 1)[:, None, None], axis=1)[:, 0], caches
+    return logits.reshape(-1, settings.vocabulary)[step.last], caches
 
 
 def adam(weights, gradients, moments, step, rate, beta1=0.9, beta2=0.95, epsilon=1e-8):

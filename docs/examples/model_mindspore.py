@@ -195,12 +195,15 @@ class Trainer:
         model = LanguageModel(settings, lambda layer: CachedLayer(settings, cache, layer))
         load_weights(model, self.weights())
         model.set_train(False)
-        graph = ms.jit(model.construct)
+
+        def logits_of(tokens, last, *step):
+            logits = model(tokens, *step)
+            return ops.gather(logits.reshape(-1, settings.vocabulary), last, 0)
+
+        graph = ms.jit(logits_of)  # a graph of prompts, and one of single tokens
 
         def forward(tokens, positions, step):
-            run = model if step.fresh else graph  # a prompt comes once: its graph would compile longer than it runs
-            logits = run(Tensor(tokens), *tensors(step)[:4], step.fresh)
-            return ops.stack([row[int(count) - 1] for row, count in zip(logits, step.counts)])
+            return graph(Tensor(tokens), Tensor(step.last), *tensors(step)[:4], step.fresh)
 
         return cache, forward
 

@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import replace
 
+import library_tables
 import transformer_tables
 
 from flash_attention.ascend import cost
@@ -438,6 +439,14 @@ def measured_targets(language):
     return markdown(header, rows) + [""] + _versions_line(language)
 
 
+def library_steps(language):
+    """A training step in each model library, with its own attention and with our engines."""
+    rows = library_tables.steps(_reports())
+    header = pick(language, ("library", "model", "its own attention", "`portable`", "`jax`"),
+                  ("库", "模型", "库自带的注意力", "`portable`", "`jax`"))  # fmt: skip
+    return markdown(header, rows) if rows else _not_yet(language)
+
+
 TABLES = {
     "support": support,
     "versions": versions,
@@ -454,6 +463,7 @@ TABLES = {
     "kernel-cycles": kernel_cycles,
     "kernel-sensitivity": kernel_sensitivity,
     "transformer-options": transformer_tables.options,
+    "library-steps": library_steps,
     "measured": measured,
     "measured-targets": measured_targets,
 }

@@ -1,5 +1,6 @@
 """Models of the libraries with our attention against the same models with their own: results, comparison, training."""
 
+import importlib.util
 import json
 import os
 import re
@@ -8,16 +9,26 @@ import sys
 
 import mindspore as ms
 import numpy as np
+import pytest
 from mindspore import Tensor, nn
+
+from tolerances import FORWARD, GRADIENTS, assert_close
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 PAGE = os.path.join("docs", "en", "model-libraries.md")
-RELATIVE = {"float32": 1e-5}
-VOCABULARY = 96
+VOCABULARY, PAD = 96, 0
+STEPS = 20
+NO_JAX = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs jax")
+ENGINES = ["portable", pytest.param("jax", marks=NO_JAX)]
+RELATIVE = 1e-5
+"""Largest difference allowed in float32, as a share of a tensor's largest value."""
+TRACKING = 1e-4
+"""The same for the losses of training steps, each of which starts from weights that differ already."""
 
 
+# --- models and their inputs ----------------------------------------------------------------------
 def tokens(batch, length, seed=0):
-    """int32 (batch, length)."""
+    """int32 (batch, length), never ``PAD``."""
     return np.random.default_rng(seed).integers(1, VOCABULARY, (batch, length)).astype(np.int32)
 
 
@@ -35,16 +46,56 @@ def set_weights(model, seed=0, gain=1.5):
         parameter.set_data(Tensor(value.astype(np.float32)).astype(parameter.dtype))
 
 
-def results(model, logits_of, loss_of, *inputs):
-    """{name: float64 array}: 'logits', 'loss' and the gradient of every parameter, by its name."""
+# --- results ----------------------------------------------------------------------------------------
+def results(model, logits_of, loss_of, batches, learning_rate=1e-3):
+    """What the comparisons compare, {name: float64 array}.
+
+    Of the first batch 'logits', 'loss' and the gradient of every parameter, by its name; with more batches 'steps' too:
+    the losses of AdamW steps, one a batch.
+
+    Args:
+        logits_of, loss_of: functions of a batch's tensors.
+        batches: list of tuples of arrays.
+    """
+    batches = [[Tensor(x) for x in batch] for batch in batches]
     model.set_train(False)
-    found = {"logits": logits_of(*inputs)}
+    found = {"logits": _numbers(logits_of(*batches[0]))}
     model.set_train(True)
     parameters = model.trainable_params()
-    loss, gradients = ms.value_and_grad(loss_of, None, parameters)(*inputs)
-    found["loss"] = loss
-    found.update(zip([parameter.name for parameter in parameters], gradients))
-    return {name: x.astype(ms.float32).asnumpy().astype(np.float64) for name, x in found.items()}
+    optimizer = nn.AdamWeightDecay(parameters, learning_rate)
+    gradients_of = ms.value_and_grad(loss_of, None, parameters)
+    losses = []
+    for batch in batches:
+        loss, gradients = gradients_of(*batch)
+        if not losses:
+            found.update((parameter.name, _numbers(x)) for parameter, x in zip(parameters, gradients))
+        losses.append(float(_numbers(loss).ravel()[0]))
+        optimizer(gradients)
+    found["loss"] = np.array(losses[:1])
+    if len(losses) > 1:
+        found["steps"] = np.array(losses)
+    return found
+
+
+def _numbers(x):
+    return x.astype(ms.float32).asnumpy().astype(np.float64)
+
+
+def once_a_mode(run):
+    """`run` (a function that gives `results`), computed once for each of MindSpore's modes and for each call."""
+    found = {}
+
+    def remembered(*arguments, **options):
+        key = (ms.get_context("mode"), arguments, tuple(sorted(options.items())))
+        if key not in found:
+            found[key] = run(*arguments, **options)
+        return found[key]
+
+    return remembered
+
+
+# --- comparison -------------------------------------------------------------------------------------
+_FORWARD = ("logits", "loss", "steps")
 
 
 def errors(got, want):
@@ -53,7 +104,7 @@ def errors(got, want):
     Gradients that cancel to zero in exact arithmetic (of a key's bias) are measured by the largest of all gradients.
     """
     assert set(got) == set(want)
-    top = max(np.abs(x).max() for name, x in want.items() if name not in ("logits", "loss"))
+    top = max(np.abs(x).max() for name, x in want.items() if name not in _FORWARD)
     found = {}
     for name, x in want.items():
         assert got[name].shape == x.shape and np.isfinite(x).all() and np.isfinite(got[name]).all(), name
@@ -62,33 +113,40 @@ def errors(got, want):
     return found
 
 
-def assert_equal(got, want, bound=RELATIVE["float32"]):
-    """Fail unless every tensor is within `bound` of the library's own."""
-    worst = errors(got, want)
-    name = max(worst, key=worst.get)
-    assert worst[name] <= bound, "{}: {:.2g}, allowed {:.2g}".format(name, worst[name], bound)
+def assert_equal(got, want, bound=RELATIVE, tracking=TRACKING):
+    """Fail unless every tensor is within `bound` of the library's own, and the steps within `tracking`."""
+    if "steps" in want:
+        assert want["steps"][-1] < want["steps"][0], "the library's own model does not learn"
+    shares = {name: x / (tracking if name == "steps" else bound) for name, x in errors(got, want).items()}
+    name = max(shares, key=shares.get)
+    assert shares[name] <= 1, "{}: {:.2g} times what is allowed".format(name, shares[name])
 
 
-def assert_differs(got, want, bound=RELATIVE["float32"], times=100):
-    """Fail unless logits and most gradients are `times` beyond `bound`: the comparison sees what attention does."""
+def assert_differs(got, want, bound=RELATIVE, tracking=TRACKING, times=100):
+    """Fail unless logits and most gradients are `times` beyond `bound`, and the steps beyond `tracking`.
+
+    So the comparison sees what attention does.
+    """
     far = {name: x / bound for name, x in errors(got, want).items()}
     assert far["logits"] > times and np.mean([x > times for x in far.values()]) > 0.5, far
+    assert far.get("steps", np.inf) * bound > tracking, far
 
 
-def train(model, loss_of, batches, learning_rate=1e-3):
-    """Losses of AdamW steps, one a batch; `loss_of(batch)`."""
-    model.set_train(True)
-    parameters = model.trainable_params()
-    optimizer = nn.AdamWeightDecay(parameters, learning_rate)
-    gradients_of = ms.value_and_grad(loss_of, None, parameters)
-    losses = []
-    for batch in batches:
-        loss, gradients = gradients_of(batch)
-        optimizer(gradients)
-        losses.append(float(loss.asnumpy().ravel()[0]))
-    return np.array(losses)
+def assert_close_in_half(got, naive, want):
+    """Fail unless float16 results keep the table of tolerances.
+
+    Args:
+        got: ours in float16; naive: the library's own in float16; want: its own in float32.
+    """
+    assert set(got) == set(naive) == set(want)
+    assert np.abs(naive["logits"] - want["logits"]).max() > 100 * RELATIVE * np.abs(want["logits"]).max()
+    for direction in (FORWARD, GRADIENTS):
+        names = [name for name in want if (name in _FORWARD) == (direction == FORWARD)]
+        parts = [{name: x[name] for name in names} for x in (got, want, naive)]
+        assert_close(parts[0], parts[1], parts[2:], "float16", direction)
 
 
+# --- documentation ------------------------------------------------------------------------------------
 def assert_page_prints(library, prepare="pass"):
     """Run the page's Python blocks that import `library`; each must print the text below it.
 

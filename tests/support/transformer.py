@@ -141,6 +141,27 @@ COMBINED = {
     },
 }  # fmt: skip
 
+# Decoders that generate with cached keys and values: arguments of the stack, arguments of the model.
+DECODING = {
+    "learned": ({"attn_kv_heads": 1, "use_rmsnorm": True}, {"num_memory_tokens": 2}),
+    "sinusoidal": ({"resi_dual": True, "attn_gate_values": True}, {"scaled_sinu_pos_emb": True, "emb_dim": 12}),
+    "alibi": (
+        {"alibi_pos_bias": True, "attn_num_mem_kv": 2, "residual_attn": True, "heads": 4, "attn_kv_heads": 2},
+        {"use_abs_pos_emb": False, "max_seq_len": 3},
+    ),
+    "xpos": ({"rotary_xpos": True, "attn_one_kv_head": True}, {"max_seq_len": 3}),
+    "t5": (
+        {"rel_pos_bias": True, "attn_talking_heads": True, "attn_sparse_topk": 4, "attn_max_attend_past": 5,
+         "attn_value_dim_head": 6},
+        {},
+    ),
+    "network": ({"dynamic_pos_bias": True, "attn_max_attend_past": 3, "attn_flash": False}, {}),
+    "cross": (
+        {"cross_attend": True, "rotary_pos_emb": True, "attn_qk_norm": True, "attn_shared_kv": True},
+        {"num_memory_tokens": 2, "tie_embedding": True},
+    ),
+}  # fmt: skip
+
 # (owner, arguments beside the sizes, what the message says)
 ILLEGAL = (
     (ATTENTION, {"one_kv_head": True, "kv_heads": 2}, "both say how many key/value heads"),

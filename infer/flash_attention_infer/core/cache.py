@@ -76,26 +76,27 @@ class KVCache:
         return self.table.free_blocks
 
     # --- steps ------------------------------------------------------------------------------------
-    def reserve(self, sequences, counts):
+    def reserve(self, sequences, counts, rows=None, tokens=None):
         """Room for ``counts[b]`` tokens more of ``sequences[b]``: the :class:`Step` for prefill and decode.
 
         The tokens count as present from now on; every layer must then write them. Prefer :meth:`step`.
+        ``rows`` and ``tokens`` pad the step, see :meth:`SequenceTable.reserve`.
 
         Raises:
             OutOfBlocksError, StaleSequenceError, ValueError: nothing has changed.
         """
-        step = self.table.reserve(sequences, counts)
+        step = self.table.reserve(sequences, counts, rows, tokens)
         if len(step.copies):
             self.copy_blocks(step.copies)
         return step
 
     @contextlib.contextmanager
-    def step(self, sequences, counts):
+    def step(self, sequences, counts, rows=None, tokens=None):
         """``with cache.step(...) as step:`` is :meth:`reserve`, and takes the tokens back when the block raises.
 
         A sequence of a ring whose window may be overwritten by then is freed instead.
         """
-        step = self.reserve(sequences, counts)
+        step = self.reserve(sequences, counts, rows, tokens)
         try:
             yield step
         except BaseException:

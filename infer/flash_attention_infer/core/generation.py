@@ -46,7 +46,8 @@ def generate(
 
     Args:
         forward: ``forward(tokens, positions, step)``: numpy int32 (B, T) token ids and positions (padding 0) and the
-            Step; runs the model over the cache and returns the logits (B, V) of each sequence's last new token.
+            Step; runs the model over the cache and returns the logits (B, V) of each sequence's last new token; see
+            :class:`Scheduler`.
         cache: :class:`KVCache`; its sequences are freed at the end, whatever happens.
         prompts: token ids, one non-empty sequence a row.
         max_new_tokens: most tokens of a row; eos_token: a row ends with it.

@@ -61,7 +61,8 @@ class Scheduler:
     Args:
         forward: ``forward(tokens, positions, step)``: numpy int32 (B, T) token ids and positions (padding 0) and the
             :class:`Step`; runs the model over the cache and returns the logits (B, V) of each sequence's last new
-            token, in the cache's framework.
+            token (``step.last``), in the cache's framework. B and T are padded to powers of two, so that a compiled
+            model sees few shapes; the logits of rows without tokens do not matter.
         cache: a :class:`KVCache`. Others may hold blocks of it too; its ``on_shortage`` must not free our sequences.
         max_batch: most requests that run at once; None = as many as the cache has room for.
         chunk: most prompt tokens of a request in one step; running requests wait that long for a new one's prompt.
@@ -192,8 +193,9 @@ class Scheduler:
         """``(Step, batch)`` with room for the batch's next tokens, or ``(None, [])``; the youngest make way."""
         while batch:
             counts = [min(self._pending(request), self.chunk) for request in batch]
+            shape = _bucket(len(batch), self.cache.config.num_blocks), _bucket(max(counts), self.chunk)
             try:
-                return self.cache.reserve([request.sequence for request in batch], counts), batch
+                return self.cache.reserve([request.sequence for request in batch], counts, *shape), batch
             except OutOfBlocksError as error:
                 if len(self.running) == 1:
                     self._end(batch[0], "failed", error)
@@ -204,12 +206,14 @@ class Scheduler:
 
     def _choose(self, logits, batch):
         """A token a request, each by its own sampling; a list of ints."""
-        seeds = np.asarray([request.seed for request in batch], np.uint32)
-        numbers = np.asarray([len(request.tokens) for request in batch], np.uint32)
+        seeds, numbers = np.zeros((2, logits.shape[0]), np.uint32)
+        seeds[: len(batch)] = [request.seed for request in batch]
+        numbers[: len(batch)] = [len(request.tokens) for request in batch]
         chosen = np.zeros(len(batch), np.int32)
         for sampling in dict.fromkeys(request.sampling for request in batch):
             mine = [request.sampling == sampling for request in batch]
-            chosen = np.where(mine, self.cache.sample(logits, seeds, numbers, **asdict(sampling)), chosen)
+            drawn = self.cache.sample(logits, seeds, numbers, **asdict(sampling))
+            chosen = np.where(mine, drawn[: len(batch)], chosen)
         return chosen.tolist()
 
     # --- places in the cache ----------------------------------------------------------------------
@@ -251,6 +255,11 @@ def _checked(prompt):
     if prompt.ndim != 1 or not prompt.size:
         raise invalid_value(LAYER, "prompts", "non-empty sequences", "shape {}".format(prompt.shape))
     return prompt.astype(np.int32)
+
+
+def _bucket(count, most):
+    """The smallest power of two that holds ``count``; ``most`` where that is less and holds it too."""
+    return max(count, min(1 << (count - 1).bit_length(), most))
 
 
 def _padded(step, batch):

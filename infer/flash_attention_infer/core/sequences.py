@@ -150,16 +150,23 @@ class SequenceTable:
                 )
             )
 
-    def reserve(self, sequences, counts):
+    def reserve(self, sequences, counts, rows=None, tokens=None):
         """Room for ``counts[b]`` more tokens of ``sequences[b]``: the :class:`Step` that writes them.
 
         The tokens count as present from now on; ``truncate`` takes them back.
+
+        Args:
+            sequences: distinct ids. counts: ints, not all 0.
+            rows, tokens: pad the step to this batch and this T; None = to what it needs. A compiled function serves one
+                shape, so few of them should occur.
 
         Raises:
             OutOfBlocksError: no room, also after the hook.
             StaleSequenceError: a sequence is not live, or the hook has freed it.
         """
         sequences, found, counts = self._checked(sequences, counts)
+        rows = len(found) if rows is None else check_int(LAYER, "rows", rows, len(found))
+        tokens = max(counts) if tokens is None else check_int(LAYER, "tokens", tokens, max(counts))
         missing = self._needed(found, counts) - self.free_blocks
         if missing > 0 and self.on_shortage is not None:
             self._evict(missing, sequences)
@@ -174,7 +181,7 @@ class SequenceTable:
             )
         starts = [one.length for one in found]
         copies = [pair for one, count in zip(found, counts) for pair in self._grow(one, count)]
-        return self._step(sequences, found, starts, counts, copies)
+        return self._step(sequences, found, starts, counts, copies, rows, tokens)
 
     def _evict(self, missing, keep):
         hook, self.on_shortage = self.on_shortage, None  # a hook that reserves blocks must not call itself
@@ -234,10 +241,11 @@ class SequenceTable:
         return pairs
 
     # --- index arrays -----------------------------------------------------------------------------
-    def _step(self, sequences, found, starts, counts, copies):
-        starts, counts = np.asarray(starts, np.int32), np.asarray(counts, np.int32)
-        tables = self._tables(found)
-        t = np.arange(counts.max(), dtype=np.int32)[None, :]
+    def _step(self, sequences, found, starts, counts, copies, rows, tokens):
+        padding = [0] * (rows - len(found))
+        starts, counts = (np.asarray(numbers + padding, np.int32) for numbers in (starts, counts))
+        tables = self._tables(found, rows)
+        t = np.arange(tokens, dtype=np.int32)[None, :]
         position, real = starts[:, None] + t, t < counts[:, None]
         history = sinks = None
         if self.ring is None:
@@ -264,11 +272,11 @@ class SequenceTable:
             whole=tables.shape == (self.allocator.num_blocks, 1) and bool((np.diff(tables[:, 0]) == 1).all()),
         )
 
-    def _tables(self, found):
-        """int32 (B, n). n is a power of two, so that compiled functions see few shapes; padding repeats the last."""
+    def _tables(self, found, rows):
+        """int32 (rows, n). n is a power of two, so that compiled functions see few shapes; padding repeats the last."""
         width = max(len(one.blocks) for one in found)
         width = min(1 << (width - 1).bit_length(), self.max_blocks)
-        tables = np.zeros((len(found), width), np.int32)
+        tables = np.zeros((rows, width), np.int32)
         for row, one in zip(tables, found):
             row[: len(one.blocks)] = one.blocks
             row[len(one.blocks) :] = one.blocks[-1] if len(one.blocks) else 0

@@ -39,7 +39,7 @@ class KVCache(Base):
 
     def sample(self, logits, seeds, positions, **sampling):
         """``flash_attention.jax.sampling.sample`` with the tokens as numpy."""
-        return np.asarray(sample(logits, seeds, positions, **sampling))
+        return np.asarray(_sample(logits, seeds, positions, **sampling))
 
 
 def _compiled(function, static):
@@ -47,3 +47,4 @@ def _compiled(function, static):
 
 
 _prefill, _decode = _compiled(prefill, _STATIC), _compiled(decode, _STATIC + ("num_splits",))
+_sample = jax.jit(sample, static_argnames=("temperature", "top_k", "top_p", "min_p"))

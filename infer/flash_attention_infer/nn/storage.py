@@ -1,7 +1,10 @@
 """LayerCache: the Parameters of one layer's cache, and how a Step's indices read and write them.
 
 Tokens come before heads in a block, (blocks, block_size, K, D): what ReshapeAndCache, PagedAttention and
-incre_flash_attention take. One block more than the table knows takes the padding of a step.
+incre_flash_attention take. Behind the blocks that the table knows are two more places: one takes the padding of a step,
+one is never written. Reading a token that is not there means reading that one, so one gather brings the keys into the
+layout of the attention and zeros into their end. (A mask on all of them is many times slower on the CPU, and hidden NaN
+would still reach 0 * NaN.)
 """
 
 import numpy as np
@@ -25,7 +28,8 @@ class LayerCache(nn.Cell):
     """One layer's pool.
 
     Parameters ``key`` and ``value``: (blocks + 1, block_size, K, D), floating or int8; ``key_scale`` and
-    ``value_scale``: float32 (blocks + 1, block_size) with int8. They are no trainable parameters.
+    ``value_scale``: float32 (blocks + 1, block_size) with int8. They are no trainable parameters. (With blocks of one
+    token the two places more are two blocks.)
 
     Args:
         config (CacheConfig): sizes and dtype.
@@ -34,8 +38,10 @@ class LayerCache(nn.Cell):
 
     def __init__(self, config, name="cache"):
         super().__init__(auto_prefix=False)
-        shape = (config.num_blocks + 1, config.block_size, config.kv_heads, config.head_dim)
+        extra = 1 if config.block_size > 1 else 2
+        shape = (config.num_blocks + extra, config.block_size, config.kv_heads, config.head_dim)
         self.block_size, self.scratch = config.block_size, config.num_blocks * config.block_size
+        self.zero = self.scratch + 1
         self.rounded, self.quantized = getattr(mstype, config.dtype), config.quantized
         self.key = _parameter(shape, held_dtype(config.dtype), name + ".key")
         self.value = _parameter(shape, held_dtype(config.dtype), name + ".value")
@@ -55,14 +61,14 @@ class LayerCache(nn.Cell):
         return q.astype(mstype.int8), scale
 
     def decode(self, x, scale, dtype):
-        """The inverse of :meth:`encode` in ``dtype``."""
+        """The inverse of :meth:`encode` in ``dtype``; the scale has the leading axes of ``x``, (B, T) or (B, 1, T)."""
         if not self.quantized:
             return x.astype(dtype)
-        x = x.astype(mstype.float32) * ops.reshape(scale, scale.shape + (1, 1))
+        x = x.astype(mstype.float32) * ops.reshape(scale, scale.shape + (1,) * (x.ndim - scale.ndim))
         return x.astype(dtype)
 
     def write(self, slots, key, key_scale, value, value_scale):
-        """Put encoded tokens (B, T, K, D) at ``slots`` (B, T), in place; slot -1 goes to the block for padding."""
+        """Put encoded tokens (B, T, K, D) at ``slots`` (B, T), in place; slot -1 goes to the place for padding."""
         slots = ops.reshape(slots, (-1,))
         slots = ops.where(slots < 0, ops.full_like(slots, self.scratch), slots)
         index = ops.stack((slots // self.block_size, slots % self.block_size), 1)
@@ -73,23 +79,43 @@ class LayerCache(nn.Cell):
             self.update(self.key_scale, index, ops.reshape(key_scale, (-1,)))
             self.update(self.value_scale, index, ops.reshape(value_scale, (-1,)))
 
-    def read_tables(self, tables, lengths, dtype):
-        """``(keys, values)`` (B, n * block_size, K, D) of the blocks (B, n); zeros from each length (B,) on."""
-        shape = (tables.shape[0], tables.shape[1] * self.block_size)
-        there = span(0, shape[1]) < ops.reshape(lengths, (-1, 1))
-        return self._read(tables, shape, False, there, dtype)
+    def read_tables(self, tables, lengths, dtype, heads_first=False, parts=1):
+        """Keys and values of the blocks (B, n) in order, zeros from each length (B,) on.
 
-    def read_slots(self, slots, there, dtype):
-        """``(keys, values)`` (B, n, K, D) of the tokens at ``slots`` (B, n); zeros where ``there`` (B, n) is False."""
-        return self._read(slots, slots.shape, True, there, dtype)
+        Returns:
+            a pair (B * parts, S / parts, K, D) with S = n * block_size, or with ``heads_first`` (.., K, S / parts, D);
+            the parts of a sequence follow one another.
+        """
+        batch, size = tables.shape[0], tables.shape[1] * self.block_size
+        slots = ops.expand_dims(tables, 2) * self.block_size + span(0, self.block_size)
+        slots = self._present(ops.reshape(slots, (batch, size)), span(0, size) < ops.reshape(lengths, (-1, 1)))
+        return self._read(ops.reshape(slots, (batch * parts, size // parts)), dtype, heads_first)
 
-    def _read(self, index, shape, by_token, there, dtype):
-        found = ()
+    def read_slots(self, slots, there, dtype, heads_first=False):
+        """Keys and values of the tokens at ``slots`` (B, n), zeros where ``there`` (B, n) is False.
+
+        Returns:
+            a pair (B, n, K, D), or with ``heads_first`` (B, K, n, D).
+        """
+        return self._read(self._present(slots, there), dtype, heads_first)
+
+    def _present(self, slots, there):
+        """The slots, that of the zeros where there is no token."""
+        return ops.where(there, slots, ops.full_like(slots, self.zero))
+
+    def _read(self, slots, dtype, heads_first):
+        heads, head_dim = self.key.shape[2:]
+        if heads_first:
+            slots = ops.expand_dims(slots, 1)
+            index, row = slots * heads + ops.reshape(span(0, heads), (1, heads, 1)), (-1, head_dim)
+        else:
+            index, row = slots, (-1, heads, head_dim)
         pairs = ((self.key, self.key_scale), (self.value, self.value_scale)) if self.quantized else (
             (self.key, None), (self.value, None))  # fmt: skip
+        found = ()
         for pool, scales in pairs:
-            x = _take(pool, index, by_token, shape, there)
-            scale = None if scales is None else _take(scales, index, by_token, shape, there)
+            x = ops.gather(ops.reshape(pool, row), index, 0)
+            scale = None if scales is None else ops.gather(ops.reshape(scales, (-1,)), slots, 0)
             found = found + (self.decode(x, scale, dtype),)
         return found
 
@@ -101,19 +127,6 @@ class LayerCache(nn.Cell):
     def pools(self):
         """The Parameters."""
         return (self.key, self.value) + ((self.key_scale, self.value_scale) if self.quantized else ())
-
-
-def _take(pool, index, by_token, shape, there):
-    """Blocks or tokens of a pool as (B, n, ...); zeros where not ``there`` (B, n).
-
-    Places that nobody has written hold anything, and hidden NaN would still reach 0 * NaN.
-    """
-    if by_token:
-        pool = ops.reshape(pool, (-1,) + pool.shape[2:])
-    inner = pool.shape[1 if by_token else 2 :]
-    x = ops.reshape(ops.gather(pool, index, 0), shape + inner)
-    there = ops.reshape(there, there.shape + (1,) * len(inner))
-    return ops.where(there, x, ops.zeros_like(x))
 
 
 @constexpr

@@ -85,5 +85,6 @@ for _framework, _prefix in (("jax", "jax"), ("mindspore", "ms")):
             lambda framework=_framework: _jobs(framework),
             lambda results, machine, framework=_framework: _figures(framework, results),
             (_framework,),
+            package="flash_attention_infer",
         )
     )

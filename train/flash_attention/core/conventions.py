@@ -40,6 +40,8 @@ _BLOCK_MASKS = "(B,Sk), (1|B,1,1,Sk), (1|B,1|N,Sq,Sk)"
 _RANK_MASKS = "(1|B,1|N,Sq,Sk), (1|B,1|N,1,Sk): rows of this rank, keys of all"
 _FLEXIBLE_MASKS = "(B,Sk), (1|B,1|Sq,Sk), rank 4 broadcastable to (B,N,Sq,Sk)"
 _SAME = "Sq = Sk"
+_STACK_ARGUMENTS = "mask, context_mask, attn_mask"
+_STACK_MASKS = "mask (B,Sq), context_mask (B,Sk); attn_mask (Sq,Sk), (1|N,Sq,Sk), (1|B,1|N,Sq,Sk)"
 _FLAGS = "(B,Sq,N), (B,Sk,N)"
 _BY_POSITION = "by position in the sequence"
 _FULL_MASKS = "broadcastable to (B,N,Sq,Sk)"
@@ -130,7 +132,17 @@ CALLS = (
     Call("flash_attention_infer.jax.prefill", "BSND", "none", "-", "-", _BY_POSITION),
     Call("flash_attention_infer.jax.decode", "BSND", "none", "-", "-", _BY_POSITION),
     Call("flash_attention.nn.TriangleAttention", "BNSD", "attention_mask", DISCARD, "(1|B,S,S)", _SAME),
+) + tuple(
+    Call("flash_attention.{}.{}".format(package, name), layout, _STACK_ARGUMENTS, KEEP, _STACK_MASKS, BOTTOM_RIGHT)
+    for name, layout in (
+        ("Attention", "x (B,Sq,E)"),
+        ("AttentionLayers", "x (B,Sq,E)"),
+        ("TransformerWrapper", "x (B,Sq)"),
+        ("ContinuousTransformerWrapper", "x (B,Sq,E)"),
+    )
+    for package in ("nn", "jax")
 )
+"""The last are models; ``AttentionLayers`` stands for ``Encoder``, ``Decoder`` and ``CrossAttender`` too."""
 
 
 def table():

@@ -125,7 +125,7 @@ def registered(engine):
             ("output_attentions", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"),
             (output_attentions, head_mask is not None, cu_seq_lens_q is not None, cu_seq_lens_k is not None),
         )
-        _refuse_unknown(tuple([name for name in others if name not in _DONE and others[name] is not None]))
+        refuse_unknown(tuple([name for name in others if others[name] is not None]))
         whole = attention_mask is not None and attention_mask.ndim == 4
         causal = (module.is_causal if is_causal is None else is_causal) and not whole
         out = attend(
@@ -147,9 +147,11 @@ def registered(engine):
 
 
 @constexpr(check=False)
-def _refuse_unknown(names):
-    if names:
-        raise Reason(names[0], "a value", "absent", "This attention function does not know it.").error(LAYER)
+def refuse_unknown(names):
+    """Raise for the first of the arguments ``names``, of those given, that has not done its work elsewhere."""
+    for name in names:
+        if name not in _DONE:
+            raise Reason(name, "a value", "absent", "This attention function does not know it.").error(LAYER)
 
 
 # --- masks ------------------------------------------------------------------------------------------

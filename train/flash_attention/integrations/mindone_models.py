@@ -172,7 +172,14 @@ def patch(patches, name, engine):
 
 
 def _with_engine(attention, engine):
-    return type(attention.__name__, (attention,), {"engine": engine, "__doc__": attention.__doc__})
+    """Builds ``attention`` with that engine. No subclass: in a graph, ``super()`` means that of the object's class."""
+
+    def build(*arguments, **keywords):
+        made = attention(*arguments, **keywords)
+        made.engine = engine
+        return made
+
+    return build
 
 
 def _chooser(theirs, ours, name):

@@ -115,12 +115,18 @@ def versions(others=()):
     return found
 
 
-def source_digest(parts=("core", "jax", "nn", "ops")):
-    """Short hash of the code in these sub-packages: results of other code are not mixed with its results."""
+def source_digest(parts=("core", "jax", "nn", "ops"), package=None):
+    """Short hash of the code in these sub-packages: results of other code are not mixed with its results.
+
+    ``package``: the name of another package whose code goes in whole.
+    """
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    folders = [os.path.join(root, part) for part in parts]
+    if package is not None:
+        folders += importlib.util.find_spec(package).submodule_search_locations
     digest = hashlib.sha256()
-    for part in parts:
-        for path in sorted(glob.glob(os.path.join(root, part, "**", "*.py"), recursive=True)):
+    for folder in folders:
+        for path in sorted(glob.glob(os.path.join(folder, "**", "*.py"), recursive=True)):
             with open(path, "rb") as stream:
                 digest.update(stream.read())
     return digest.hexdigest()[:12]

@@ -101,6 +101,23 @@ def test_a_long_prompt_delays_others_by_a_chunk(cache):
             assert len(running.tokens) == count
 
 
+def test_steps_have_few_shapes(cache):
+    """Rows and tokens are powers of two, or the most there can be; what is asked for does not change."""
+    shapes = set()
+
+    def forward(tokens, positions, step):
+        assert tokens.shape == positions.shape == step.slots.shape and step.batch >= len(step.sequences)
+        shapes.add(tokens.shape)
+        return cache.forward(tokens, positions, step)
+
+    with Scheduler(forward, cache, chunk=6) as scheduler:
+        requests = [scheduler.submit(prompt_of(size, size), new) for size, new in ((9, 2), (1, 7), (2, 4), (3, 5))]
+        list(scheduler.run())
+        for request, (size, new) in zip(requests, ((9, 2), (1, 7), (2, 4), (3, 5))):
+            assert request.result() == alone(prompt_of(size, size), new)
+    assert {rows for rows, _ in shapes} <= {1, 2, 4} and {tokens for _, tokens in shapes} <= {1, 2, 4, 6}
+
+
 def test_preemption(cache):
     """Three requests that cannot all grow to their end: the youngest starts anew and still gets the same tokens."""
     sizes = [(9, 20), (8, 16), (9, 14)]

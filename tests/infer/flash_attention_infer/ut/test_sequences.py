@@ -179,6 +179,8 @@ def test_errors_name_the_fault():
         (lambda: table.reserve([one], [1, 1]), ValueError, "one number of tokens a sequence"),
         (lambda: table.reserve([one], [-1]), ValueError, "'counts' must be an int >= 0"),
         (lambda: table.reserve([one], [1.5]), TypeError, "'counts' must be an int >= 0"),
+        (lambda: table.reserve([one], [2], rows=0), ValueError, "'rows' must be an int >= 1"),
+        (lambda: table.reserve([one], [2], tokens=1), ValueError, "'tokens' must be an int >= 2"),
         (lambda: table.truncate(one, 4), ValueError, r"'length' must be an int in \[0, 3\]"),
     ):
         with pytest.raises(error, match=text):
@@ -223,6 +225,23 @@ def test_steps_of_ragged_batches():
     assert step.slots[0].tolist() == [5, -1, -1, -1] and step.slots[1].tolist() == [-1] * 4
     assert step.tables.shape == (3, 4), "as wide as the longest, rounded up to a power of two"
     assert step.tables[0].tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("ring", [None, Ring(2, 1)], ids=str)
+def test_padded_steps(ring):
+    """More rows and places than there are sequences and tokens: nothing is written there."""
+    plain, padded = (SequenceTable(6, ring.capacity if ring else 4, ring=ring) for _ in range(2))
+    ids = [plain.add() for _ in range(2)]
+    assert [padded.add() for _ in range(2)] == ids
+    for counts in ([3, 2], [1, 0]):
+        want, got = plain.reserve(ids, counts), padded.reserve(ids, counts, rows=4, tokens=5)
+        assert got.slots.shape == (4, 5) and got.sequences == want.sequences and got.fresh == want.fresh
+        assert got.counts.tolist() == counts + [0, 0] and got.starts[2:].tolist() == [0, 0]
+        assert (got.slots[:2, : want.tokens] == want.slots).all() and (got.slots >= 0).sum() == (want.slots >= 0).sum()
+        assert (got.tables[:2] == want.tables).all() and (got.tables >= 0).all() and not got.whole
+        assert got.last.tolist() == [max(counts[0] - 1, 0), 5 + max(counts[1] - 1, 0), 10, 15]
+        if ring:
+            assert got.history.shape == (4, 2) and got.history.min() >= 0
 
 
 def test_a_pool_of_one_block_a_sequence_is_its_own_batch():

@@ -1,27 +1,42 @@
 """LLaMA of mindformers 1.9.0 with our adapter against its own attention; run in the library's environment.
 
-bash build.sh test integration -k mindformers
+bash build.sh test integration mindformers
 """
+
+import functools
 
 import numpy as np
 import pytest
 from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
 from mindspore import Tensor
 from support import libraries
-from support.libraries import VOCABULARY, assert_differs, assert_equal, results, set_weights, tokens, train
+from support.libraries import (
+    ENGINES,
+    PAD,
+    STEPS,
+    VOCABULARY,
+    assert_close_in_half,
+    assert_differs,
+    assert_equal,
+    once_a_mode,
+    results,
+    set_weights,
+    tokens,
+)
 
 from flash_attention.integrations import mindformers
 
 pytestmark = [pytest.mark.integration, pytest.mark.level1, pytest.mark.platform_x86_cpu]
-BATCH, LENGTH, PAD = 2, 24, 0
-IDS = tokens(BATCH, LENGTH + 1)
-PADDED = np.where(np.arange(LENGTH + 1) < np.array([[LENGTH + 1], [LENGTH - 6]]), IDS, PAD).astype(np.int32)
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+BATCH, LENGTH = 2, 24
+SHOWN = np.arange(LENGTH + 1) < np.array([[LENGTH + 1], [LENGTH - 6]])
+"""What is not padding."""
 _DTYPES = ("compute_dtype", "layernorm_compute_type", "softmax_compute_type", "rotary_dtype", "param_init_type")
 
 
-def build(flash, dtype="float32", **changes):
+def build(flash, half=False, **changes):
     """The model with fixed weights; the options are those it needs on a CPU."""
-    dtypes = dict(dict.fromkeys(_DTYPES, "float32"), compute_dtype=dtype)
+    dtypes = dict(dict.fromkeys(_DTYPES, "float32"), compute_dtype="float16" if half else "float32")
     sizes = dict(
         batch_size=BATCH, seq_length=LENGTH, vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4,
         n_kv_heads=2, intermediate_size=64, max_position_embedding=64, pad_token_id=PAD,
@@ -32,38 +47,61 @@ def build(flash, dtype="float32", **changes):
     return model
 
 
-def run(flash, ids=IDS, **changes):
+def run(flash, padded=True, steps=STEPS, **changes):
+    """`libraries.results` of the model, whose training takes one token more; with padding, of what is not padding."""
     model = build(flash, **changes)
-    found = results(model, lambda whole: model(whole[:, :-1])[0], model, Tensor(ids))
-    found["logits"] = found["logits"].reshape(BATCH, LENGTH, -1)[ids[:, :-1] != PAD]
+    shown = SHOWN if padded else np.ones_like(SHOWN)
+    batches = [(np.where(shown, tokens(BATCH, LENGTH + 1, seed), PAD).astype(np.int32),) for seed in range(steps)]
+    found = results(model, lambda ids: model(ids[:, :-1])[0], model, batches)
+    found["logits"] = found["logits"].reshape(BATCH, LENGTH, -1)[shown[:, :-1]]
     return found
 
 
-@pytest.mark.parametrize("ids", [IDS, PADDED], ids=["whole", "padded"])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_equals_the_librarys_own(ids, kv_heads, mode):
-    want = run(False, ids, n_kv_heads=kv_heads)
-    with mindformers.enable():
-        assert_equal(run(True, ids, n_kv_heads=kv_heads), want)
+own = once_a_mode(functools.partial(run, False))  # with the library's own attention
 
 
-def test_the_comparison_sees_the_scale(mode, monkeypatch):
+@pytest.fixture
+def half_scale(monkeypatch):
+    """Our adapter with half the scale."""
     init = mindformers.FlashAttention.__init__
 
     def halved(self, head_num, **arguments):
         init(self, head_num, **dict(arguments, scale_value=0.5 * arguments["scale_value"]))
 
-    want = run(False)
     monkeypatch.setattr(mindformers.FlashAttention, "__init__", halved)
+
+
+@every_engine
+def test_equals_the_librarys_own(engine, mode):
+    """Grouped heads, padding: logits, loss, gradients, and 20 training steps."""
+    with mindformers.enable(engine):
+        assert_equal(run(True), own())
+
+
+@pytest.mark.parametrize("padded, kv_heads", [(False, 2), (False, 4), (True, 1)])
+def test_equals_the_librarys_own_with_other_heads(padded, kv_heads):
+    options = dict(padded=padded, n_kv_heads=kv_heads, steps=1)
     with mindformers.enable():
-        assert_differs(run(True), want)
+        assert_equal(run(True, **options), own(**options))
 
 
-def test_jax_engine(mode):
-    pytest.importorskip("jax")
-    want = run(False, PADDED)
-    with mindformers.enable("jax"):
-        assert_equal(run(True, PADDED), want)
+def test_the_comparison_sees_the_scale(mode, half_scale):
+    with mindformers.enable():
+        assert_differs(run(True), own())
+
+
+@every_engine
+def test_half_precision(engine, mode):
+    """float16, by the table of tolerances, 20 training steps too."""
+    with mindformers.enable(engine):
+        assert_close_in_half(run(True, half=True), own(half=True), own())
+
+
+def test_the_half_precision_comparison_sees_the_scale(half_scale):
+    with mindformers.enable():
+        found = run(True, half=True)
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_close_in_half(found, own(half=True), own())
 
 
 def test_compressed_mask():
@@ -78,35 +116,16 @@ def test_compressed_mask():
     assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max()
 
 
-def test_twenty_steps_track_each_other(mode):
-    batches = [Tensor(tokens(BATCH, LENGTH + 1, seed)) for seed in range(20)]
-    with mindformers.enable():
-        models = [build(False), build(True)]
-    losses = [train(model, model, batches) for model in models]
-    assert losses[0][-1] < losses[0][0] - 0.1
-    assert np.abs(losses[1] - losses[0]).max() < 1e-4 * losses[0][0], losses
-
-
-def test_half_precision():
-    """float16, by the table of tolerances: no further from float32 than twice the library's own attention."""
-    want = run(False)["logits"]
-    naive = np.abs(run(False, dtype="float16")["logits"] - want).max()
-    with mindformers.enable():
-        found = np.abs(run(True, dtype="float16")["logits"] - want).max()
-    largest = np.abs(want).max()
-    assert 1e-5 * largest < naive < 0.05 * largest  # it is half precision
-    assert found <= max(2 * naive, 4 * 2.0**-10 * largest)
-
-
 def test_models_built_before_or_after_keep_theirs():
+    ids = Tensor(tokens(BATCH, LENGTH + 1))
     with mindformers.enable():
         inside = build(True)
     assert isinstance(inside.model.layers[0].attention.flash_attention, mindformers.FlashAttention)
     outside = build(True)
     assert not isinstance(outside.model.layers[0].attention.flash_attention, mindformers.FlashAttention)
     with pytest.raises(RuntimeError, match="FlashAttentionScore"):
-        outside.set_train()(Tensor(IDS)).asnumpy()  # the library's operator has no CPU kernel
-    assert np.isfinite(inside.set_train()(Tensor(IDS)).asnumpy()).all()
+        outside.set_train()(ids).asnumpy()  # the library's operator has no CPU kernel
+    assert np.isfinite(inside.set_train()(ids).asnumpy()).all()
 
 
 def test_the_page_of_the_documentation():

@@ -136,6 +136,7 @@ def test_constructor_refuses(arguments, error, text):
 
 X = Tensor(QUERY)
 SHORT = Tensor(QUERY[:, :, :8])
+INT8 = Tensor(QUERY.astype(np.int8))
 LENGTHS = {"actual_seq_qlen": Tensor(np.array([24, 48])), "actual_seq_kvlen": Tensor(np.array([24, 48]))}
 CALLS = [
     ({}, (X, X, X), {}, "'attn_mask' must be a tensor in sparse mode 0, but got None. Build it with"),
@@ -164,6 +165,8 @@ CALLS = [
     ({"sparse_mode": 2}, (SHORT, X, X), {}, "lengths 8 and 24. Modes 3 and 4 count from the bottom-right one"),
     ({"head_num": 3}, (X, X, X, Tensor(DISCARD)), {}, "'query' must be of 3 heads, as head_num says, but got 4."),
     ({"input_layout": "BSH"}, (X, X, X), {}, "'query' must be of rank 3 with layout BSH, like key and value, but got"),
+    ({}, (INT8, INT8, INT8, Tensor(DISCARD)), {}, "'query' must be of dtype .*float16.*, but got int8"),
+    ({}, (X, INT8, INT8, Tensor(DISCARD)), {}, "'key' must be of .*float.*, but got int8"),
 ]
 
 
@@ -172,7 +175,7 @@ def test_call_refuses(arguments, tensors, more, text, mode):
     cell = FlashAttention(**dict({"head_num": N, "input_layout": "BNSD"}, **arguments))
     names = ("query", "key", "value", "attn_mask", "alibi_mask", "prefix", "padding_mask") + tuple(LENGTHS)
     inputs = dict(zip(names, tensors), **more)
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         cell(*[inputs.get(name) for name in names])
 
 

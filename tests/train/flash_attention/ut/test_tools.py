@@ -645,6 +645,13 @@ def test_source_digest_follows_the_code_it_names(tmp_path, monkeypatch):
     assert machine.source_digest(("core", "jax")) == before  # no such folder
     (tmp_path / "core" / "a.py").write_text("x = 2")
     assert machine.source_digest(("core",)) != before
+    (tmp_path / "on_top").mkdir()
+    (tmp_path / "on_top" / "__init__.py").write_text("x = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with_package = machine.source_digest(("core",), "on_top")
+    assert with_package != machine.source_digest(("core",))
+    (tmp_path / "on_top" / "__init__.py").write_text("x = 2")
+    assert machine.source_digest(("core",), "on_top") != with_package
 
 
 # --- bench: the command -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.transformer import DECODING
 
 from flash_attention.jax import (
     AutoregressiveWrapper,
@@ -112,35 +113,42 @@ def test_continuous_wrapper():
     assert net(x, return_attn=True)[1][0].shape == (2, 2, 7, 7)
 
 
-STACKS = {
-    "plain": {},
-    "xpos": {"rotary_xpos": True, "attn_one_kv_head": True},
-    "alibi": {"alibi_pos_bias": True, "attn_num_mem_kv": 2, "residual_attn": True},
-    "t5": {"rel_pos_bias": True, "attn_talking_heads": True, "attn_sparse_topk": 4, "attn_max_attend_past": 5},
-}
+def decoding(name):
+    """A model of `DECODING`, and the keywords that give it a context."""
+    stack, options = DECODING[name]
+    layers = Decoder(**dict({"dim": 16, "depth": 2, "heads": 2, "attn_dim_head": 8}, **stack))
+    net = TransformerWrapper(attn_layers=layers, **dict({"num_tokens": 11, "max_seq_len": 16}, **options))
+    context = np.random.default_rng(1).standard_normal((2, 5, 16)).astype(np.float32)
+    return net, {"context": context} if stack.get("cross_attend") else {}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("xpos", marks=pytest.mark.slow), pytest.param("plain", marks=pytest.mark.slow), "alibi", "t5"]
-)
+def slow_but(*fast):
+    return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in DECODING]
+
+
+@pytest.mark.parametrize("name", slow_but("alibi", "cross"))
 def test_cached_decoding_equals_the_whole_sequence(name):
-    net = model(decoder(**STACKS[name]), num_memory_tokens=2 if name == "plain" else None)
-    want = net(TOKENS)
-    step = jax.jit(lambda tokens, cache: net(tokens, cache=cache))
-    cache, outs = net.new_cache(2, 10), []
-    for start, stop in ((0, 7), (7, 8), (8, 9), (9, 10)):
+    """A prompt, single tokens, and two at once; places that no token has reached yet are hidden."""
+    net, seeing = decoding(name)
+    step = jax.jit(lambda tokens, cache: net(tokens, cache=cache, **seeing))
+    logits, cache = net(TOKENS[:, :6], cache=12, **seeing)
+    outs = [logits]
+    for start, stop in ((6, 7), (7, 8), (8, 10)):
         logits, cache = step(TOKENS[:, start:stop], cache)
         outs.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(outs, 1), want, atol=5e-5)
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), net(TOKENS, **seeing), atol=5e-5)
 
 
-def test_generation():
-    """Cached or not the same tokens."""
-    wrapper = AutoregressiveWrapper(model(decoder(alibi_pos_bias=True)), pad_value=10)
-    prompt = TOKENS[:, :4]
-    drawn = wrapper.generate(prompt, 6, temperature=0.9, top_k=5, seed=3)
-    assert drawn.shape == (2, 6) and drawn.dtype == jnp.int32
-    np.testing.assert_array_equal(drawn, wrapper.generate(prompt, 6, temperature=0.9, top_k=5, seed=3, cache_kv=False))
+@pytest.mark.parametrize("name", slow_but("alibi"))
+def test_generated_tokens_do_not_depend_on_the_cache(name):
+    net, seeing = decoding(name)
+    wrapper, prompt = AutoregressiveWrapper(net, pad_value=10), TOKENS[:, :4]
+    assert wrapper.explain().endswith("generation caches the keys and values of self-attention")
+    cached, whole = (
+        wrapper.generate(prompt, 6, temperature=0.9, top_k=5, seed=3, cache_kv=kept, **seeing) for kept in (None, False)
+    )
+    assert cached.shape == (2, 6) and cached.dtype == jnp.int32
+    np.testing.assert_array_equal(cached, whole)
 
 
 @pytest.mark.slow
@@ -202,7 +210,9 @@ def test_refuses_calls():
         (lambda: net(TOKENS.astype(np.float32)), "'x' must be an int array"),
         (lambda: model(use_abs_pos_emb=False)(TOKENS, pos=np.arange(10)), "'pos' must be left out"),
         (lambda: wrapper.generate(TOKENS, 7), "at most max_seq_len = 16"),
-        (lambda: model(Encoder(16, 1)).new_cache(1, 4), "the stack is not causal"),
+        (lambda: model(Encoder(16, 1))(TOKENS, cache=12), "the stack is not causal"),
+        (lambda: net(TOKENS, cache=9), "'cache' must be an int >= 10"),
+        (lambda: net(TOKENS, cache=12, mask=np.ones((2, 10))), "'mask' must be left out with a cache"),
         (lambda: AutoregressiveWrapper(model(Encoder(16, 1))), "'net' must be causal"),
         (
             lambda: AutoregressiveWrapper(model(decoder(shift_tokens=1))).generate(TOKENS, 2, cache_kv=True),
@@ -215,6 +225,6 @@ def test_refuses_calls():
 
 def test_explain_and_print():
     wrapper = AutoregressiveWrapper(model(decoder(shift_tokens=1)))
-    assert wrapper.explain().endswith("generation caches nothing: shift_tokens reads the tokens before")
+    assert "generation caches nothing: shift_tokens reads the tokens before" in wrapper.explain()
     assert "TransformerWrapper(num_tokens=11, max_seq_len=16)" in repr(wrapper)
     assert wrapper.num_parameters() == sum(x.size for x in jax.tree.leaves(wrapper.params))

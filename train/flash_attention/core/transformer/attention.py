@@ -1,6 +1,5 @@
 """Options of the wrappers' ``Attention``: names, defaults, checks, sizes, and the path that a configuration takes."""
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
@@ -140,7 +139,7 @@ class AttentionOptions:
     @property
     def scale(self):
         """Factor on the products of queries and keys."""
-        return float(self.qk_norm_scale) if self.qk_norm else 1.0 / math.sqrt(self.dim_head)
+        return float(self.qk_norm_scale) if self.qk_norm else self.dim_head**-0.5
 
     @property
     def path(self):

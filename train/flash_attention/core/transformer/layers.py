@@ -331,6 +331,14 @@ def _check_stack(layer, stack):
             raise invalid_value(layer, "attn_attention", need, repr(attention.attention))
 
 
+def explain_cache(stack):
+    """A line on whether generation caches, and why not."""
+    reason = cache_refusal(stack)
+    if reason is not None:
+        return "generation caches nothing: {}; every token runs the whole sequence".format(reason)
+    return "generation caches the keys and values of self-attention"
+
+
 def cache_refusal(stack):
     """Why keys and values cannot be cached while decoding, or None."""
     if not stack.layers.causal:

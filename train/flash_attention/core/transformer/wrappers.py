@@ -155,6 +155,22 @@ def check_flags(layer, flags):
         raise invalid_value(layer, chosen[1], "False with {}=True".format(chosen[0]), True)
 
 
+def check_cache(layer, refusal, tokens, places, given):
+    """Raise where a call can have no cache.
+
+    Args:
+        refusal: why the stack allows none, or None. tokens: of the call. places: of a cache that begins, else None.
+        given: ``{name: whether it was given}`` of the arguments that a call with a cache would ignore.
+    """
+    if refusal is not None:
+        raise invalid_value(layer, "cache", "left out ({})".format(refusal), "a cache")
+    if places is not None:
+        check_int(layer, "cache", places, tokens)
+    for name, present in given.items():
+        if present:
+            raise invalid_value(layer, name, "left out with a cache", "given")
+
+
 def check_mems(layer, mems, count, batch, dim):
     """Raise unless ``mems`` (shapes) are one (B, M, dim) for each self-attention layer, of one length M."""
     fits = len(mems) == count and all(len(s) == 3 and s[0] == batch and s[2] == dim for s in mems)

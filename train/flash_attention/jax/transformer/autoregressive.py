@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flash_attention.core.errors import invalid_type, invalid_value
 from flash_attention.core.sampling import Sampling
 from flash_attention.core.transformer import wrappers as shared
-from flash_attention.core.transformer.layers import cache_refusal
+from flash_attention.core.transformer.layers import cache_refusal, explain_cache
 from flash_attention.jax.sampling import sample
 from flash_attention.jax.transformer.parts import Model
 from flash_attention.jax.transformer.wrappers import TransformerWrapper
@@ -113,8 +113,7 @@ class AutoregressiveWrapper(Model):
     def _begin(self, params, start, seeing, seq_len, cached):
         """The state after the prompt, and the logits (B, V) of its last token."""
         if cached:
-            cache = self.net.new_cache(start.shape[0], start.shape[1] + seq_len, params)
-            logits, cache = self.net(start, cache=cache, params=params, **seeing)
+            logits, cache = self.net(start, cache=start.shape[1] + seq_len, params=params, **seeing)
             return cache, logits[:, -1]
         tokens = jnp.pad(start, ((0, 0), (0, seq_len)), constant_values=self.pad_value)
         return tokens, self.net(tokens, params=params, **seeing)[:, start.shape[1] - 1]
@@ -130,9 +129,7 @@ class AutoregressiveWrapper(Model):
 
     def explain(self):
         """The paths of the attention, and whether generation caches keys and values."""
-        reason = cache_refusal(self.net.attn_layers.stack)
-        cached = "generation caches keys and values" if reason is None else "generation caches nothing: " + reason
-        return self.net.explain() + "\n" + cached
+        return self.net.explain() + "\n" + explain_cache(self.net.attn_layers.stack)
 
     def lines(self):
         """The wrapper, then the model."""

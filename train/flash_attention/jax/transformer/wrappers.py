@@ -8,7 +8,9 @@ import numpy as np
 
 from flash_attention.core.errors import invalid_type, invalid_value
 from flash_attention.core.transformer import wrappers as shared
+from flash_attention.core.transformer.layers import cache_refusal
 from flash_attention.core.transformer.rules import make, signature
+from flash_attention.core.validation import is_int
 from flash_attention.jax.mechanisms.layers import dense, dense_init, dropped
 from flash_attention.jax.transformer.layers import AttentionLayers
 from flash_attention.jax.transformer.parts import Model, Seeds, norm, norm_init
@@ -141,7 +143,8 @@ class TransformerWrapper(_Wrapper):
             prepend_embeds: (B, P, dim), in front of the tokens, with outputs of their own; ``mask`` is (B, P + N) then.
             sum_embeds: (B, N, emb_dim), added to the embedded tokens.
             pos: int (N,) or (B, N), positions for the absolute embedding.
-            cache: of :meth:`new_cache`, or of the call before: x are the next tokens; also returned then.
+            cache: an int begins one with places for so many tokens, x being the first; then that of the call before,
+                x being the tokens that follow. Also returned then; ValueError where options forbid one.
             deterministic: False = training: dropout acts and needs ``dropout_rng``, a PRNG key.
             params: used instead of the model's own.
 
@@ -149,11 +152,19 @@ class TransformerWrapper(_Wrapper):
             (B, N, num_tokens), or what was asked for; with return_mems, return_attn or a cache a pair.
         """
         params, options = self.params if params is None else params, self.options
-        self._check_call(
-            x, return_embeddings, return_logits_and_embeddings, return_mems, return_attn, cache, prepend_embeds
-        )
+        self._check_call(x, return_embeddings, return_logits_and_embeddings, return_mems, return_attn)
+        if cache is not None:
+            given = {"return_mems": return_mems, "return_attn": return_attn}
+            arrays = {"mask": mask, "attn_mask": attn_mask, "mems": mems, "prepend_embeds": prepend_embeds}
+            given.update((name, array is not None) for name, array in arrays.items())
+            places, refusal = cache if is_int(cache) else None, cache_refusal(self.attn_layers.stack)
+            shared.check_cache(shared.TOKENS, refusal, x.shape[1], places, given)
         seeds = self._seeds(deterministic, dropout_rng)
-        first = 0 if cache is None else cache["index"] - options.memory_tokens
+        first, memories = 0, options.memory_tokens
+        if is_int(cache):
+            cache = self.attn_layers.new_cache(x.shape[0], cache + memories)
+        elif cache is not None:
+            first, memories = cache["index"] - memories, 0
         embedded = params["token_emb"]["weight"][jnp.asarray(x)].astype(self.dtype)
         embedded = self._positioned(params, embedded, pos, first)
         if sum_embeds is not None:
@@ -164,7 +175,6 @@ class TransformerWrapper(_Wrapper):
         if prepend_embeds is not None:
             embedded = jnp.concatenate([prepend_embeds.astype(self.dtype), embedded], 1)
         inputs = Inputs(mask, context, context_mask, attn_mask)
-        memories = options.memory_tokens if cache is None else 0
         if memories:
             embedded, inputs = self._with_memory(params, embedded, inputs)
         out, state = self.attn_layers.apply(
@@ -183,16 +193,7 @@ class TransformerWrapper(_Wrapper):
             return result, state.weights
         return result if cache is None else (result, state.cache)
 
-    def new_cache(self, batch, length, params=None):
-        """A cache for ``length`` tokens that holds the memory tokens already; ValueError where options forbid one."""
-        params = self.params if params is None else params
-        cache = self.attn_layers.new_cache(batch, length + self.options.memory_tokens)
-        if not self.options.memory_tokens:
-            return cache
-        tokens = self._memory(params, batch)
-        return self.attn_layers.apply(params["attn_layers"], tokens, cache=cache)[1].cache
-
-    def _check_call(self, x, embeddings, both, mems, attn, cache, prepend):
+    def _check_call(self, x, embeddings, both, mems, attn):
         flags = {"return_embeddings": embeddings, "return_logits_and_embeddings": both}
         shared.check_flags(shared.TOKENS, flags)
         shared.check_flags(shared.TOKENS, {"return_mems": mems, "return_attn": attn})
@@ -201,9 +202,6 @@ class TransformerWrapper(_Wrapper):
         if mems and not self.options.max_mem_len:
             need = "False when max_mem_len is 0 (nothing would be kept)"
             raise invalid_value(shared.TOKENS, "return_mems", need, True)
-        for name, given in (("return_mems", mems), ("return_attn", attn), ("prepend_embeds", prepend is not None)):
-            if given and cache is not None:
-                raise invalid_value(shared.TOKENS, name, "left out with a cache", "given")
 
     def _memory(self, params, batch):
         tokens = params["memory_tokens"].astype(self.dtype)

@@ -15,7 +15,7 @@ from flash_attention.nn.layer.projection import Projection
 from flash_attention.nn.layer.seeded import SeededCell
 from flash_attention.nn.transformer.attend import Formed, Fused
 from flash_attention.nn.transformer.parts import l2_normalised, learned
-from flash_attention.nn.transformer.positions import rotated
+from flash_attention.nn.transformer.positions import NO_ROTATION, rotated
 from flash_attention.ops.engines import ENGINES
 from flash_attention.ops.functional import computable
 
@@ -99,24 +99,28 @@ class Attention(SeededCell):
 
     def construct(self, x, context=None, mask=None, context_mask=None, attn_mask=None):
         """Attend; shapes and meaning of the inputs are in the class's documentation."""
-        return self.attended(x, context, mask, context_mask, attn_mask, None, None, None, None, (0, None), False)[0]
+        return self.attended(
+            x, context, mask, context_mask, attn_mask, None, None, None, None, None, NO_ROTATION, False
+        )[0]  # fmt: skip
 
     def attended(
-        self, x, context, mask, context_mask, attn_mask, bias, slopes, mem, previous, rotation, return_weights
+        self, x, context, mask, context_mask, attn_mask, bias, slopes, mem, cache, previous, rotation, return_weights
     ):  # fmt: skip
         """What ``construct`` computes with what a stack hands on.
 
         Args:
             bias: (1, H, N, S). slopes: (H,). mem: (B, M, dim), tokens before x for keys and values.
+            cache: (key, value) of the S places before x and under it: x takes the last, the oldest fall out.
             previous: (layers, query, key, learned key) of the layer before, whose scores are added.
-            rotation: (features, xPos's base).
+            rotation: see ``rotated``.
             return_weights: also give the weights.
 
         Returns:
-            (out, previous of the next layer, weights or None).
+            (out, previous of the next layer, weights or None, the (key, value) of the next call).
         """
         _check_inputs(x.shape, None if context is None else context.shape, self.dim)
-        query, key, value = self.split(x, context, mem, rotation)
+        query, key, value = self.split(x, context, mem, cache, rotation)
+        written = (key, value)
         visible = self.visible(
             x.shape, key.shape[1], context is not None, mask, context_mask, attn_mask, self.heads
         )  # fmt: skip
@@ -136,7 +140,7 @@ class Attention(SeededCell):
         if self.training and self.dropout_rate > 0:
             seed = self.next_seed(ops.expand_dims(x, 0))
         out, weights = self.softmax(query, key, value, mem_key, visible, bias, slopes, seed, return_weights)
-        return self.project(x, out, None if context is not None else mask), handed, weights
+        return self.project(x, out, None if context is not None else mask), handed, weights, written
 
     def softmax(self, query, key, value, mem_key, mask, bias, slopes, seed, return_weights):
         """(B, N, H, Dv) and the weights where they are formed; query heads are grouped around it for 'tile'."""
@@ -170,7 +174,7 @@ class Attention(SeededCell):
             return group_heads(x.astype(mstype.float32), self.kv_heads, axis)
         return group_heads(computable(x), self.kv_heads, axis).astype(x.dtype)
 
-    def split(self, x, context, mem, rotation):
+    def split(self, x, context, mem, cache, rotation):
         """Queries (B, N, H, D), keys (B, S, Hkv, D) and values (B, S, Hkv, Dv), normalised and rotated."""
         source = x if context is None else context
         if mem is not None:
@@ -184,8 +188,10 @@ class Attention(SeededCell):
         if self.normalises:
             query = self.normalised(query, self.qk_norm_q_scale)
             key = self.normalised(key, self.qk_norm_k_scale)
-        query = rotated(query, keys - tokens, keys, rotation, False)
-        return query, rotated(key, 0, keys, rotation, True), value
+        query, key = rotated(query, keys - tokens, keys, rotation, False), rotated(key, 0, keys, rotation, True)
+        if cache is not None:
+            key, value = _after(cache[0], key), _after(cache[1], value)
+        return query, key, value
 
     def normalised(self, x, scale):
         """Each group of features of a head at length 1, times the learned factors."""
@@ -266,6 +272,11 @@ def _mechanism(made, engine):
 def _beside(old, new):
     """Features of earlier layers, then those of this one."""
     return ops.concat((computable(old), computable(new)), -1).astype(new.dtype)
+
+
+def _after(old, new):
+    """(B, S, H, D) of a cache moved towards position 0 by the tokens that enter at its end."""
+    return ops.concat((computable(old)[:, new.shape[1] :], computable(new)), 1).astype(new.dtype)
 
 
 @constexpr

@@ -12,8 +12,8 @@ from flash_attention.core.transformer.rules import signature
 from flash_attention.core.transformer.wrappers import check_mems
 from flash_attention.nn.transformer.attention import Attention
 from flash_attention.nn.transformer.feed_forward import FeedForward
-from flash_attention.nn.transformer.parts import Residual, SkipLayer, StackNorm, shifted
-from flash_attention.nn.transformer.positions import distance_bias
+from flash_attention.nn.transformer.parts import Residual, SkipLayer, StackNorm, numbers, shifted
+from flash_attention.nn.transformer.positions import NO_ROTATION, distance_bias
 from flash_attention.ops.functional import computable
 
 
@@ -39,11 +39,11 @@ class _StackLayer(nn.Cell):
                     parameter.set_data(parameter * options.deepnorm_gain)
 
     def construct(
-        self, x, dual, context, mask, context_mask, attn_mask, bias, slopes, mem, previous, rotation, return_weights,
-        kept,
+        self, x, dual, context, mask, context_mask, attn_mask, bias, slopes, mem, cache, previous, rotation,
+        return_weights, kept,
     ):  # fmt: skip
-        """``(x, dual, previous, weights)``; what is handed on: see ``Attention.attended``; kept: ``SkipLayer``."""
-        branch, handed, weights = x, None, None
+        """``(x, dual, previous, weights, cache)``; handed on: see ``Attention.attended``; kept: ``SkipLayer``."""
+        branch, handed, weights, written = x, None, None, None
         if self.first:
             branch = self.norm(branch)
             if mem is not None:
@@ -54,12 +54,13 @@ class _StackLayer(nn.Cell):
             if self.factor != 1.0:
                 branch = branch * self.factor
         elif self.kind == SELF:
-            branch, handed, weights = self.block.attended(
-                branch, None, mask, None, attn_mask, bias, slopes, mem, previous, rotation, return_weights
+            branch, handed, weights, written = self.block.attended(
+                branch, None, mask, None, attn_mask, bias, slopes, mem, cache, previous, rotation, return_weights
             )  # fmt: skip
         else:
-            branch, handed, weights = self.block.attended(
-                branch, context, None, context_mask, None, None, None, None, previous, (0, None), return_weights
+            branch, handed, weights, _ = self.block.attended(
+                branch, context, None, context_mask, None, None, None, None, None, previous, NO_ROTATION,
+                return_weights,
             )  # fmt: skip
         new_dual = dual + branch
         if self.sandwich:
@@ -70,7 +71,7 @@ class _StackLayer(nn.Cell):
         if kept is not None:
             out = out * kept + x * (1.0 - kept)
             new_dual = new_dual * kept + dual * (1.0 - kept)
-        return out, new_dual, handed, weights
+        return out, new_dual, handed, weights, written
 
 
 class AttentionLayers(nn.Cell):
@@ -128,36 +129,49 @@ class AttentionLayers(nn.Cell):
 
     def construct(self, x, context=None, mask=None, context_mask=None, attn_mask=None):
         """Run the stack; shapes and meaning of the inputs are in the class's documentation."""
-        return self.run(x, context, mask, context_mask, attn_mask, None, False)[0]
+        return self.run(x, context, mask, context_mask, attn_mask, None, False, None)[0]
 
-    def run(self, x, context, mask, context_mask, attn_mask, mems, return_weights):
+    def run(self, x, context, mask, context_mask, attn_mask, mems, return_weights, cache):
         """What ``construct`` computes, with state.
 
         Args:
             mems (tuple): hidden states before x, (B, M, dim) for each self-attention, or None.
             return_weights (bool): also give the weights of every attention; they are formed then.
+            cache: None; an int: one of so many places begins, x being the first tokens; or that of the call before:
+                (tokens in it, ((key, value) of each self-attention)), x being the tokens that follow. The newest
+                token has the last place, so that every distance to it is a constant of the graph.
 
         Returns:
-            (out, the inputs of the self-attentions, the weights by layer), the latter two tuples.
+            (out, the inputs of the self-attentions, the weights by layer, the cache of the next call or None).
         """
         _check(
             self.layer_name, x.shape, self.dim, self.order, context is not None, context_mask is not None,
             None if mask is None else mask.shape, _shapes(mems),
         )  # fmt: skip
         x = x.astype(self.dtype)
-        tokens, before = x.shape[1], 0 if mems is None else mems[0].shape[1]
+        tokens, index, places = x.shape[1], None, 0
+        before = 0 if mems is None else mems[0].shape[1]
+        if isinstance(cache, int):
+            places = cache
+        elif cache is not None:
+            index, places = cache[0], cache[1][0][0].shape[1]
+            before, attn_mask = places - tokens, _filled(index, tokens, places)
+        rotation = self.rotation + (places, index)
         bias = self.bias(tokens, tokens + before) if self.biased else None
         dual, previous_self, previous_cross = x, None, None
-        hiddens, weights = (), ()
+        hiddens, weights, written = (), (), ()
         for n in range(len(self.order)):
-            kind, mem, previous = self.order[n], None, previous_cross
+            kind, mem, held, previous = self.order[n], None, None, previous_cross
             if kind == SELF:
                 mem = None if mems is None else mems[len(hiddens)]
+                held = None if index is None else cache[1][len(hiddens)]
                 hiddens, previous = hiddens + (x,), previous_self
-            x, dual, handed, weight = self.layers[n](
-                x, dual, context, mask, context_mask, attn_mask, bias, self.slopes, mem, previous, self.rotation,
+            x, dual, handed, weight, made = self.layers[n](
+                x, dual, context, mask, context_mask, attn_mask, bias, self.slopes, mem, held, previous, rotation,
                 return_weights, self.skips[n](x),
             )  # fmt: skip
+            if kind == SELF and places > 0:
+                written = written + ((_at_end(made[0], places), _at_end(made[1], places)),)
             if kind == SELF and self.hands_on[0]:
                 previous_self = handed
             if kind == CROSS and self.hands_on[1]:
@@ -168,7 +182,10 @@ class AttentionLayers(nn.Cell):
             x = x + self.final_norm(dual)
         elif self.normalises:
             x = self.final_norm(x)
-        return x, hiddens, weights
+        if places == 0:
+            return x, hiddens, weights, None
+        count = _count(tokens) if index is None else index + tokens
+        return x, hiddens, weights, (count, written)
 
     def explain(self):
         """Which path each kind of attention takes ('fused', 'formed', 'mechanism'), and why."""
@@ -195,6 +212,25 @@ def _shapes(tensors):
     for tensor in tensors:
         found = found + (tensor.shape,)
     return found
+
+
+def _filled(index, tokens, places):
+    """Keep mask (tokens, places) of a cache that held ``index`` tokens before these ones."""
+    kept = (numbers(places) >= places - tokens - index).astype(mstype.float32)
+    return ops.tile(ops.expand_dims(kept, 0), (tokens, 1))
+
+
+def _at_end(x, places):
+    """(B, S, H, D) with zeros in front, ``places`` tokens in all."""
+    if x.shape[1] == places:
+        return x
+    shape = (x.shape[0], places - x.shape[1]) + x.shape[2:]
+    return ops.concat((ops.zeros(shape, mstype.float32), x.astype(mstype.float32)), 1).astype(x.dtype)
+
+
+@constexpr
+def _count(tokens):
+    return Tensor(tokens, mstype.int32)
 
 
 @constexpr

@@ -30,6 +30,12 @@ def l2_normalised(x):
     return wide * _rsqrt(_maximum(_sum(wide * wide, -1), LENGTH_EPSILON**2))
 
 
+@constexpr
+def numbers(count):
+    """int32 0, 1, ... below ``count``."""
+    return Tensor(np.arange(count, dtype=np.int32))
+
+
 class StackNorm(nn.Cell):
     """'layernorm' (no bias), 'rmsnorm' or 'scalenorm' over the last axis in float32; output in x's dtype."""
 

@@ -10,15 +10,30 @@ from mindspore.ops.primitive import constexpr
 
 from flash_attention.core.mechanisms import positions as tables
 from flash_attention.nn.layer.projection import Projection
-from flash_attention.nn.transformer.parts import learned
+from flash_attention.nn.transformer.parts import learned, numbers
+
+NO_ROTATION = (0, None, 0, None)
 
 
-def rotated(x, first, length, options, downscale):
-    """x (B, N, H, D) whose token 0 stands at ``first`` of ``length`` positions; options: (features, xPos's base)."""
-    dims = options[0]
+def rotated(x, first, length, rotation, downscale):
+    """x (B, N, H, D) whose token 0 stands at ``first`` of ``length`` positions.
+
+    Args:
+        rotation: (features that turn, xPos's base, places, index): with a cache its places, instead of ``length``, and
+            the tokens in it, an int32 Tensor: there token 0 stands.
+    """
+    dims, base, places, index = rotation
     if dims == 0:
         return x
-    cos, sin = _rotation(first, x.shape[1], length, options, downscale, str(x.dtype).lower())
+    count, dtype = x.shape[1], str(x.dtype).lower()
+    if places > 0:
+        length = places
+    if index is None:
+        cos, sin = _rotation(first, count, length, dims, base, downscale, dtype)
+    else:
+        cos, sin = _rotation(0, length, length, dims, base, downscale, dtype)
+        where = index + numbers(count)
+        cos, sin = ops.gather(cos, where, 0), ops.gather(sin, where, 0)
     wide = x.astype(mstype.float32)
     turned = tables.rotate(ops.stack, wide[..., :dims], cos, sin, False)
     if dims < x.shape[3]:
@@ -28,8 +43,7 @@ def rotated(x, first, length, options, downscale):
 
 @constexpr
 @functools.lru_cache(maxsize=64)
-def _rotation(first, count, length, options, downscale, dtype):
-    dims, base = options
+def _rotation(first, count, length, dims, base, downscale, dtype):
     positions = np.arange(first, first + count, dtype=np.float64)
     if base is None:
         found = tables.rotary_tables(np, positions, dims)

@@ -1,17 +1,18 @@
 """Wrappers of a MindSpore stack: tokens or vectors in, absolute positions, memory tokens, logits out."""
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops.primitive import constexpr
 
 from flash_attention.core.errors import invalid_type, invalid_value
 from flash_attention.core.transformer import wrappers as shared
+from flash_attention.core.transformer.layers import cache_refusal
 from flash_attention.core.transformer.rules import make, signature
 from flash_attention.nn.layer.position_dropout import PositionDropout
 from flash_attention.nn.layer.projection import Projection
 from flash_attention.nn.transformer.layers import AttentionLayers, count_parameters, joined_in_front
-from flash_attention.nn.transformer.parts import StackNorm, learned
+from flash_attention.nn.transformer.parts import StackNorm, learned, numbers
 from flash_attention.ops.functional import computable
 
 
@@ -75,7 +76,7 @@ class _Wrapper(nn.Cell):
         """x (B, N, width) with its absolute embedding, a sum, norm and dropout."""
         _check_length(self.layer_name, self.embedding, x.shape[1], self.max_seq_len, pos is not None)
         if self.embedding is not None:
-            index = _places(x.shape[1]) if pos is None else pos
+            index = numbers(x.shape[1]) if pos is None else pos
             x = x + (self.pos_emb(index) * self.position_factor).astype(x.dtype)
         if added is not None:
             x = x + added.astype(x.dtype)
@@ -117,9 +118,12 @@ class TransformerWrapper(_Wrapper):
         - **prepend_embeds** (Tensor) - (B, P, dim), in front of the tokens; ``mask`` is (B, P + N) then. Default: None.
         - **sum_embeds** (Tensor) - (B, N, emb_dim), added to the embedded tokens. Default: None.
         - **pos** (Tensor) - int (N,) or (B, N), positions for the absolute embedding. Default: None.
+        - **cache** (int, tuple) - an int begins one with places for so many tokens, x being the first; then that of
+          the call before, x being the tokens that follow; in graph mode ``ms.mutable(cache)``, else every call is
+          compiled. Default: None.
 
     Outputs:
-        Tensor (B, N, num_tokens), or what was asked for; with return_mems or return_attn a pair.
+        Tensor (B, N, num_tokens), or what was asked for; with return_mems, return_attn or a cache a pair.
 
     Raises:
         ValueError, TypeError: options that do not fit together, with the reason.
@@ -138,32 +142,44 @@ class TransformerWrapper(_Wrapper):
             self.memory_tokens = Parameter(learned(np.random.standard_normal((count, dim))), name="memory_tokens")
         if not self.tied:
             self.to_logits = Projection(dim, made.outputs, dtype=self.dtype)
-        self.max_mem_len = made.max_mem_len
+        self.max_mem_len, self.refusal = made.max_mem_len, cache_refusal(self.attn_layers.stack)
 
     def construct(
         self, x, mask=None, context=None, context_mask=None, attn_mask=None, return_embeddings=False,
         return_logits_and_embeddings=False, return_mems=False, mems=None, return_attn=False, prepend_embeds=None,
-        sum_embeds=None, pos=None
+        sum_embeds=None, pos=None, cache=None
     ):  # fmt: skip
         """Logits of tokens; shapes and meaning of the inputs are in the class's documentation."""
         _check_tokens(
             x.shape, str(x.dtype), return_embeddings, return_logits_and_embeddings, return_mems, return_attn,
             self.max_mem_len,
         )  # fmt: skip
+        memories = self.memories
+        if cache is not None:
+            given = (mask is not None, attn_mask is not None, mems is not None, prepend_embeds is not None)
+            _check_cache(
+                self.refusal, x.shape[1], cache if isinstance(cache, int) else None, (return_mems, return_attn) + given
+            )  # fmt: skip
+        if isinstance(cache, int):
+            cache = cache + memories
+        elif cache is not None:
+            if self.embedding is not None and pos is None:
+                pos = cache[0] - memories + numbers(x.shape[1])
+            memories = 0
         tokens = self.embedded(self.token_emb(x).astype(self.dtype), pos, sum_embeds)
         if self.projects:
             tokens = self.project_emb(tokens)
         if prepend_embeds is not None:
             tokens = joined_in_front(prepend_embeds, tokens)
-        if self.memories:
+        if memories:
             memory = ops.expand_dims(self.memory_tokens, 0) + ops.zeros((x.shape[0], 1, 1), mstype.float32)
             tokens = joined_in_front(memory, tokens)
-            mask, attn_mask = seen_in_front(mask, self.memories, 1), seen_in_front(attn_mask, self.memories, 2)
-        out, hiddens, weights = self.attn_layers.run(
-            tokens, context, mask, context_mask, attn_mask, mems, return_attn
+            mask, attn_mask = seen_in_front(mask, memories, 1), seen_in_front(attn_mask, memories, 2)
+        out, hiddens, weights, written = self.attn_layers.run(
+            tokens, context, mask, context_mask, attn_mask, mems, return_attn, cache
         )  # fmt: skip
-        if self.memories:
-            out = computable(out)[:, self.memories :].astype(out.dtype)
+        if memories:
+            out = computable(out)[:, memories:].astype(out.dtype)
         result = out
         if not return_embeddings:
             result = self.logits(out)
@@ -173,6 +189,8 @@ class TransformerWrapper(_Wrapper):
             return result, self.kept(hiddens, mems)
         if return_attn:
             return result, weights
+        if written is not None:
+            return result, written
         return result
 
     def logits(self, out):
@@ -233,7 +251,7 @@ class ContinuousTransformerWrapper(_Wrapper):
         x = self.embedded(x, pos, None)
         if prepend_embeds is not None:
             x = joined_in_front(prepend_embeds, x)
-        out, _, weights = self.attn_layers.run(x, context, mask, context_mask, attn_mask, None, return_attn)
+        out, _, weights, _ = self.attn_layers.run(x, context, mask, context_mask, attn_mask, None, return_attn, None)
         if self.writes and not return_embeddings:
             out = self.project_out(out)
         if return_attn:
@@ -254,11 +272,6 @@ def seen_in_front(mask, count, axes):
 
 
 @constexpr
-def _places(count):
-    return Tensor(np.arange(count, dtype=np.int32))
-
-
-@constexpr
 def _check_length(layer, kind, length, most, has_pos):
     if kind is None and has_pos:
         raise invalid_value(layer, "pos", "left out without an absolute embedding", "a tensor")
@@ -273,6 +286,14 @@ def _check_tokens(shape, dtype, embeddings, both, mems, attn, max_mem_len):
         raise invalid_type(shared.TOKENS, "x", "an int tensor of shape (B, N)", "shape {}".format(shape))
     if mems and not max_mem_len:
         raise invalid_value(shared.TOKENS, "return_mems", "False when max_mem_len is 0 (nothing would be kept)", True)
+
+
+_IGNORED = ("return_mems", "return_attn", "mask", "attn_mask", "mems", "prepend_embeds")
+
+
+@constexpr
+def _check_cache(refusal, tokens, places, given):
+    shared.check_cache(shared.TOKENS, refusal, tokens, places, dict(zip(_IGNORED, given)))
 
 
 @constexpr

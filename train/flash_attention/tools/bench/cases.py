@@ -197,9 +197,12 @@ LAYERS = ("colt5", "dense layer")
 
 
 def same_pairs(candidate):
-    """Whether a candidate computes the pairs of the plain call, which :meth:`Case.forward_flops` counts."""
+    """Whether a candidate computes the pairs of the plain call, which :meth:`Case.forward_flops` counts.
+
+    One of a module of its own ('MODULE:NAME') has other work.
+    """
     name = candidate.partition("/")[0]
-    return name not in LAYERS and name not in BUCKETS and name not in KEPT and name != "dilated"
+    return ":" not in name and name not in LAYERS and name not in BUCKETS and name not in KEPT and name != "dilated"
 
 
 def routed_layer(case):

@@ -5,7 +5,7 @@ from typing import Callable, NamedTuple, Optional, Tuple
 
 from flash_attention.tools.bench.cases import Case
 from flash_attention.tools.bench.measure import ratio
-from flash_attention.tools.machine import installed
+from flash_attention.tools.machine import installed, versions
 
 SUITES = (
     ("flash_attention", "flash_attention.tools.bench.suite_jax"),
@@ -13,6 +13,7 @@ SUITES = (
     ("flash_attention", "flash_attention.tools.bench.suite_gpu"),
     ("flash_attention", "flash_attention.tools.bench.suite_mindspore"),
     ("flash_attention", "flash_attention.tools.bench.suite_mechanisms"),
+    ("flash_attention", "flash_attention.tools.bench.suite_wrappers"),
     ("flash_attention", "flash_attention.tools.bench.suite_integration"),
     ("flash_attention_infer", "flash_attention_infer.tools.bench"),
 )
@@ -71,6 +72,7 @@ class Benchmark(NamedTuple):
         library: the model library whose environment it needs; such benchmarks run by name or by --integration.
         packages: others whose versions are kept with the results.
         refusal: ``refusal() -> None``, or what this computer lacks for it, worded to follow "needs".
+        package: a package on top of this one whose code decides the results too.
     """
 
     name: str
@@ -82,12 +84,18 @@ class Benchmark(NamedTuple):
     library: Optional[str] = None
     packages: Tuple[str, ...] = ()
     refusal: Callable[[], Optional[str]] = lambda: None
+    package: Optional[str] = None
 
     @property
     def sources(self):
         """Sub-packages whose code decides its results (MindSpore may compute with the JAX engine)."""
         parts = ("core", "jax") + (("nn", "ops") if "mindspore" in self.frameworks else ())
         return parts + (("integrations",) if self.library else ())
+
+    @property
+    def versions(self):
+        """``{name: version or None}`` of what decides its results."""
+        return versions(self.packages + ((self.library,) if self.library else ()))
 
 
 BENCHMARKS = {}

@@ -49,10 +49,10 @@ def run(args):
             args.parser.error("'{}' needs {}.".format(name, lacks))
     if machine.idle_cores():
         print("This machine: {}".format(machine.idle_cores()))
-    here = [name for name, benchmark in benchmarks.items() if benchmark.library is None and not benchmark.refusal()]
-    names = args.names or here
+    here = {name: benchmark for name, benchmark in benchmarks.items() if not benchmark.refusal()}
+    names = args.names or [name for name, benchmark in here.items() if not benchmark.library]
     if args.integration:
-        names = [name for name, benchmark in benchmarks.items() if benchmark.library and machine.installed(name)]
+        names = [name for name, benchmark in here.items() if benchmark.library]
         if args.names or not names:
             args.parser.error(
                 "--integration needs a model library and no NAME; `bash build.sh bench --integration` installs them."
@@ -68,7 +68,8 @@ def run_one(benchmark, args):
     jobs = quick_jobs(benchmark.jobs()) if args.quick else benchmark.jobs()
     suffix = "-quick" if args.quick else ""
     path = os.path.join(args.out, "{}-{}{}.json".format(benchmark.name, machine.cpu_class(), suffix))
-    stamp = {"versions": machine.versions(benchmark.packages), "source": machine.source_digest(benchmark.sources)}
+    digest = machine.source_digest(benchmark.sources, benchmark.package)
+    stamp = {"versions": benchmark.versions, "source": digest}
     partial = Partial(path + ".partial", stamp, fresh=args.fresh or args.quick)
     pool, cores = Pool(), Cores(nearest=nearest_round_trip(args.out), patience=args.wait)
     try:
