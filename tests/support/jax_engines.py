@@ -1,5 +1,6 @@
 """Conformance adapter of the JAX engines: a case through `flash_attention.jax.flash_attention`."""
 
+import contextlib
 import functools
 from dataclasses import replace
 
@@ -27,6 +28,15 @@ def heads_of(case, inputs):
 def in_float64():
     """A context in which JAX computes in float64; newer versions spell it otherwise."""
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+
+
+@contextlib.contextmanager
+def compiled_fast():
+    """For many small programs that are run once each: XLA optimises little."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 class Functions:

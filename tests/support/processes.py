@@ -3,6 +3,8 @@
 python -m flash_attention launch -n N tests/support/processes.py
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,8 @@ def main():
     mesh = make_mesh((1, 1, 1, -1))
     sharding = NamedSharding(mesh, PartitionSpec(None, "sp"))
     rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal((1, 64, heads, 8)).astype(np.float32) for heads in (4, 2, 2)]
+    # Chunks of 13 or 26 tokens, which tiles of 8 do not divide; the window crosses the borders of shards.
+    arrays = [rng.standard_normal((1, 104, heads, 8)).astype(np.float32) for heads in (4, 2, 2)]
     spread = [jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index]) for x in arrays]
     cases = {
         "ring": ("ring", {"is_causal": True}),
@@ -40,7 +43,8 @@ def main():
             )(*tensors)
             return (out, *grads)
 
-        found = run(lambda *x: attention(*x, mesh=mesh, strategy=strategy, **options), spread)  # noqa: B023
+        distributed = functools.partial(attention, mesh=mesh, strategy=strategy, tile=(8, 8), **options)
+        found = run(distributed, spread)
         want = run(lambda *x: flash_attention(*x, **options), [jnp.asarray(x) for x in arrays])  # noqa: B023
         for x, wanted in zip(found, want):
             for shard in x.addressable_shards:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.jax_engines import compiled_fast
 from support.mechanisms import D, K, Mechanism, N, T, draws, examples, one_device
 
 from conformance import judge, tagged
@@ -31,10 +32,8 @@ EXAMPLES = examples()
 @pytest.fixture(autouse=True, scope="module")
 def _compile_fast():
     """Hundreds of small programs, each run once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with compiled_fast():
+        yield
     jax.clear_caches()
 
 
