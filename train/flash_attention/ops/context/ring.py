@@ -57,11 +57,14 @@ class Ring(nn.Cell):
             started = outs
             here, outs, lses, found = one(pair, here, before, query, mask, slopes, seed, outs, lses)
             before, parts = started, parts + found
-        return (cast(_join(outs), query.dtype), _join(lses)) + parts
+        # A rank that sees nothing of the last keys must take part in their message all the same.
+        out = depend(cast(_join(outs), query.dtype), here)
+        return (out, _join(lses)) + parts
 
     def bprop(self, query, pair, mask, slopes, seed, results, d_results):
         # Graph compilers merge equal expressions: without this the keys that travelled would be kept from the forward.
-        query, pair = after((query, pair), d_results[0])
+        # And no message of this pass may overtake one of the forward pass on some of the ranks.
+        query, pair = after((query, pair), (d_results[0], results[0]))
         d_out, d_lse = cast(d_results[0], mstype.float32), d_results[1]
         d_queries = ()
         for number in range(self.chunks):
@@ -75,6 +78,7 @@ class Ring(nn.Cell):
                 call, results, cotangents, pair, (here, before, sums), (d_pair, d_queries, d_slopes)
             )
             before = started
+        d_pair = depend(d_pair, here)
         d_mask = None if mask is None else zeros_like(mask)
         d_seed = None if seed is None else zeros_like(seed)
         return cast(_join(d_queries), query.dtype), cast(d_pair, pair.dtype), d_mask, d_slopes, d_seed
