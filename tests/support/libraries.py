@@ -19,7 +19,7 @@ PAGE = os.path.join("docs", "en", "model-libraries.md")
 VOCABULARY, PAD = 96, 0
 STEPS = 20
 NO_JAX = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs jax")
-ENGINES = ["portable", pytest.param("jax", marks=NO_JAX)]
+every_engine = pytest.mark.parametrize("engine", ["portable", pytest.param("jax", marks=NO_JAX)])
 RELATIVE = 1e-5
 """Largest difference allowed in float32, as a share of a tensor's largest value."""
 TRACKING = 1e-4
@@ -75,6 +75,29 @@ def results(model, logits_of, loss_of, batches, learning_rate=1e-3):
     if len(losses) > 1:
         found["steps"] = np.array(losses)
     return found
+
+
+def mindformers_results(model, shown, steps):
+    """`results` of a model of mindformers, whose training takes one token more than its forward; of what is ``shown``.
+
+    Args:
+        shown: boolean (B, S + 1), False where there is padding.
+    """
+    shape = shown.shape
+    batches = [(np.where(shown, tokens(*shape, seed=seed), PAD).astype(np.int32),) for seed in range(steps)]
+    found = results(model, lambda ids: model(ids[:, :-1])[0], model, batches)
+    found["logits"] = found["logits"].reshape(shape[0], shape[1] - 1, -1)[shown[:, :-1]]
+    return found
+
+
+def halve_scale(monkeypatch, adapter):
+    """Let ``adapter``, our class for mindformers, attend with half the scale that it is given."""
+    init = adapter.__init__
+
+    def halved(self, head_num, **arguments):
+        init(self, head_num, **dict(arguments, scale_value=0.5 * arguments["scale_value"]))
+
+    monkeypatch.setattr(adapter, "__init__", halved)
 
 
 def _numbers(x):

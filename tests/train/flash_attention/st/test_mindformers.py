@@ -11,15 +11,16 @@ from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
 from mindspore import Tensor
 from support import libraries
 from support.libraries import (
-    ENGINES,
     PAD,
     STEPS,
     VOCABULARY,
     assert_close_in_half,
     assert_differs,
     assert_equal,
+    every_engine,
+    halve_scale,
+    mindformers_results,
     once_a_mode,
-    results,
     set_weights,
     tokens,
 )
@@ -27,7 +28,6 @@ from support.libraries import (
 from flash_attention.integrations import mindformers
 
 pytestmark = [pytest.mark.integration, pytest.mark.level1, pytest.mark.platform_x86_cpu]
-every_engine = pytest.mark.parametrize("engine", ENGINES)
 BATCH, LENGTH = 2, 24
 SHOWN = np.arange(LENGTH + 1) < np.array([[LENGTH + 1], [LENGTH - 6]])
 """What is not padding."""
@@ -48,13 +48,8 @@ def build(flash, half=False, **changes):
 
 
 def run(flash, padded=True, steps=STEPS, **changes):
-    """`libraries.results` of the model, whose training takes one token more; with padding, of what is not padding."""
-    model = build(flash, **changes)
-    shown = SHOWN if padded else np.ones_like(SHOWN)
-    batches = [(np.where(shown, tokens(BATCH, LENGTH + 1, seed), PAD).astype(np.int32),) for seed in range(steps)]
-    found = results(model, lambda ids: model(ids[:, :-1])[0], model, batches)
-    found["logits"] = found["logits"].reshape(BATCH, LENGTH, -1)[shown[:, :-1]]
-    return found
+    """`libraries.results` of the model; with padding, of what is not padding."""
+    return mindformers_results(build(flash, **changes), SHOWN if padded else np.ones_like(SHOWN), steps)
 
 
 own = once_a_mode(functools.partial(run, False))  # with the library's own attention
@@ -63,12 +58,7 @@ own = once_a_mode(functools.partial(run, False))  # with the library's own atten
 @pytest.fixture
 def half_scale(monkeypatch):
     """Our adapter with half the scale."""
-    init = mindformers.FlashAttention.__init__
-
-    def halved(self, head_num, **arguments):
-        init(self, head_num, **dict(arguments, scale_value=0.5 * arguments["scale_value"]))
-
-    monkeypatch.setattr(mindformers.FlashAttention, "__init__", halved)
+    halve_scale(monkeypatch, mindformers.FlashAttention)
 
 
 @every_engine

@@ -10,22 +10,21 @@ import pytest
 import support.mindformers_on_new_mindspore  # noqa: F401  (modules that newer versions of MindSpore have removed)
 from mindformers.models.bloom import BloomConfig, BloomLMHeadModel
 from support.libraries import (
-    ENGINES,
     PAD,
     STEPS,
     VOCABULARY,
     assert_differs,
     assert_equal,
+    every_engine,
+    halve_scale,
+    mindformers_results,
     once_a_mode,
-    results,
     set_weights,
-    tokens,
 )
 
 from flash_attention.integrations import mindformers
 
 pytestmark = [pytest.mark.integration, pytest.mark.level1, pytest.mark.platform_x86_cpu]
-every_engine = pytest.mark.parametrize("engine", ENGINES)
 BATCH, LENGTH = 2, 16
 SHOWN = np.arange(LENGTH + 1) < np.array([[LENGTH + 1], [LENGTH - 4]])
 """What is not padding."""
@@ -48,13 +47,8 @@ def build(flash):
 
 
 def run(flash, padded=True, steps=STEPS):
-    """`libraries.results` of the model, whose training takes one token more; with padding, of what is not padding."""
-    model = build(flash)
-    shown = SHOWN if padded else np.ones_like(SHOWN)
-    batches = [(np.where(shown, tokens(BATCH, LENGTH + 1, seed), PAD).astype(np.int32),) for seed in range(steps)]
-    found = results(model, lambda ids: model(ids[:, :-1])[0], model, batches)
-    found["logits"] = found["logits"].reshape(BATCH, LENGTH, -1)[shown[:, :-1]]
-    return found
+    """`libraries.results` of the model; with padding, of what is not padding."""
+    return mindformers_results(build(flash), SHOWN if padded else np.ones_like(SHOWN), steps)
 
 
 own = once_a_mode(functools.partial(run, False))  # with the library's own attention
@@ -73,12 +67,7 @@ def test_equals_the_librarys_own_without_padding():
 
 
 def test_the_comparison_sees_the_scale(mode, monkeypatch):
-    init = mindformers.FlashAttention.__init__
-
-    def halved(self, head_num, **arguments):
-        init(self, head_num, **dict(arguments, scale_value=0.5 * arguments["scale_value"]))
-
-    monkeypatch.setattr(mindformers.FlashAttention, "__init__", halved)
+    halve_scale(monkeypatch, mindformers.FlashAttention)
     with mindformers.enable():
         assert_differs(run(True), own(), times=10, **HALF)
 

@@ -21,13 +21,13 @@ from mindone.transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 from mindspore import Tensor
 from support import libraries
 from support.libraries import (
-    ENGINES,
     STEPS,
     VOCABULARY,
     assert_close_in_half,
     assert_differs,
     assert_equal,
     errors,
+    every_engine,
     once_a_mode,
     results,
     set_weights,
@@ -61,7 +61,6 @@ MODELS = {
 GRAPH = ["llama", "gpt2"]
 """The models that the library itself can compile for a CPU, without a padding mask (MindSpore 2.10)."""
 every_model = pytest.mark.parametrize("which", list(MODELS))
-every_engine = pytest.mark.parametrize("engine", ENGINES)
 IDS = tokens(BATCH, LENGTH)
 RIGHT = np.arange(LENGTH) < np.array([[LENGTH], [LENGTH - 7]])
 """A padding mask, non-zero = keep. (Left padding makes queries without keys.)"""

@@ -123,19 +123,21 @@ def _grouped(widths, tile, heads, length):
         ``(((numbers of tiles, first key of their heads (G, 1), width), ...), order)``: the order puts the results back,
         None where they are in order.
     """
-    numbers = np.argsort(widths, kind="stable")
-    groups = []
+    numbers = np.argsort(widths, kind="stable")  # so a group's last tile is its widest
+    groups = []  # [tiles, keys that they need together, width]
     for number, width in zip(numbers.tolist(), widths[numbers].tolist()):
-        joined = (groups[-1] if groups else []) + [(number, width)]
-        area, need = len(joined) * width, sum(each for _, each in joined)  # widths ascend
-        if groups and tile * area <= PAIRS and 2 * area <= 3 * need:
-            groups[-1] = joined
-        else:
-            groups.append([(number, width)])
+        if groups:
+            members, need, _ = groups[-1]
+            area = (len(members) + 1) * width
+            if tile * area <= PAIRS and 2 * area <= 3 * (need + width):
+                members.append(number)
+                groups[-1][1:] = need + width, width
+                continue
+        groups.append([[number], width, width])
     parts = []
-    for group in groups:
-        of = np.array([number for number, _ in group], np.int32)
-        starts = of // (len(widths) // heads) * length
-        parts.append((Tensor(of), Tensor(starts[:, None].astype(np.int32)), group[-1][1]))
+    for members, _, width in groups:
+        members = np.array(members, np.int32)
+        starts = members // (len(widths) // heads) * length
+        parts.append((Tensor(members), Tensor(starts[:, None].astype(np.int32)), width))
     in_order = (numbers == np.arange(len(widths))).all()
     return tuple(parts), None if in_order else Tensor(np.argsort(numbers).astype(np.int32))

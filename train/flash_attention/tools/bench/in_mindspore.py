@@ -24,7 +24,7 @@ def build(case, direction, candidate, arrays):
     name, _, mode = candidate.partition("/")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     inputs = [ms.Tensor(arrays[name]).astype(_DTYPES[case.dtype]) for name in ("query", "key", "value", "d_out")]
-    net = MECHANISMS[name](case) if name in MECHANISMS else _Naive(case) if name == "naive" else _Ours(case, name)
+    net = MECHANISMS[name](case) if name in MECHANISMS else Naive(case) if name == "naive" else _Ours(case, name)
     if direction == "fwd+bwd":
         run = ops.GradOperation(get_all=True, sens_param=True)(net)
     else:
@@ -83,7 +83,7 @@ class _Ours(nn.Cell):
         return flash_attention(query, key, value, **self.options, **self.tensors)
 
 
-class _Naive(nn.Cell):
+class Naive(nn.Cell):
     """softmax(q k^T * scale + mask) v in float32."""
 
     def __init__(self, case):

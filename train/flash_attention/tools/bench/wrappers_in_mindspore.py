@@ -2,11 +2,12 @@
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
 from flash_attention.nn import AutoregressiveWrapper, Decoder, TransformerWrapper
 from flash_attention.tools.bench import wrappers
 from flash_attention.tools.bench.cases import SEED
+from flash_attention.tools.bench.in_mindspore import Naive
 from flash_attention.tools.bench.wrappers import VOCABULARY, check_direction, stack_options, tokens_of
 
 
@@ -34,16 +35,12 @@ def model(case, candidate):
 
 
 class _Naive(nn.Cell):
-    """softmax(q k^T * scale + mask) v of BSND tensors."""
+    """The naive formula of the other benchmarks on BSND tensors."""
 
     def __init__(self, case):
         super().__init__()
-        self.scale = case.spec().scale
-        self.scores, self.product, self.softmax = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(), ops.Softmax(-1)
-        self.mask = Tensor(np.where(case.dense_mask(), 0, -1e30).astype(np.float32))
+        self.attention = Naive(case)
 
     def construct(self, query, key, value, *absent):
         """What a stack hands on beside the heads (masks, bias, dropout's seed) is absent in this model."""
-        query, key, value = query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
-        weights = self.softmax(self.scores(query, key) * self.scale + self.mask)
-        return self.product(weights, value).swapaxes(1, 2)
+        return self.attention(query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)).swapaxes(1, 2)
