@@ -399,13 +399,17 @@ def measured(language):
     for report in _reports():
         for figure in report["figures"]:
             value = "{} {}".format(_number(figure["value"]), figure.get("unit") or "").strip()
-            where = "{}, {}".format(report["cpu_class"], report["date"])
+            where = _where(report)
             rows.append((report["name"], figure["name"], value, _bound(figure), _verdict(figure, language), where))
     if not rows:
         return _not_yet(language)
-    header = pick(language, ("`bench` name", "figure", "measured", "target", "", "CPU class, date"),
-                  ("`bench` 名称", "指标", "实测", "目标", "", "CPU 类别，日期"))  # fmt: skip
+    header = pick(language, ("`bench` name", "figure", "measured", "target", "", "CPU class or GPU, date"),
+                  ("`bench` 名称", "指标", "实测", "目标", "", "CPU 类别或 GPU，日期"))  # fmt: skip
     return markdown(header, rows) + [""] + _versions_line(language)
+
+
+def _where(report):
+    return "{}, {}".format(report.get("place", report["cpu_class"]), report["date"])
 
 
 def _versions_line(language):
@@ -430,12 +434,12 @@ def measured_targets(language):
         missed = [figure for figure in bounded if not figure["ok"]]
         texts = ["{}: {} ({})".format(f["name"], _number(f["value"]), _bound(f)) for f in missed]
         count = "{} / {}".format(len(bounded) - len(missed), len(bounded))
-        where = "{}, {}".format(report["cpu_class"], report["date"])
+        where = _where(report)
         rows.append((report["name"], count, "; ".join(texts) or "-", where))
     if not rows:
         return _not_yet(language)
-    header = pick(language, ("`bench` name", "targets met", "missed: measured (target)", "CPU class, date"),
-                  ("`bench` 名称", "达到的目标", "未达到：实测（目标）", "CPU 类别，日期"))  # fmt: skip
+    header = pick(language, ("`bench` name", "targets met", "missed: measured (target)", "CPU class or GPU, date"),
+                  ("`bench` 名称", "达到的目标", "未达到：实测（目标）", "CPU 类别或 GPU，日期"))  # fmt: skip
     return markdown(header, rows) + [""] + _versions_line(language)
 
 

@@ -58,7 +58,7 @@ class Functions:
 class _WithProducts(Functions):
     @staticmethod
     def matmul(a, b):
-        return np.asarray(jnp.matmul(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)))
+        return np.asarray(jnp.matmul(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), precision="highest"))
 
 
 Functions.with_products = _WithProducts

@@ -108,13 +108,15 @@ def flash_attention(
         layout=layout,
     )
     ENGINES.check_name(implementation, LAYER)
+    with_lse = return_lse or return_residual
     if jnp.ndim(query) == 3:
         query, key, value = (_batch_of_one(x) for x in (query, key, value))
         ids = {name: _batch_of_one(getattr(operands, name)) for name in ("q_segment_ids", "kv_segment_ids")}
-        out, lse = attend(LAYER, query, key, value, operands._replace(**ids), options, implementation)
-        out, lse = out[0], lse[0]
+        operands = operands._replace(**ids)
+        out, lse = attend(LAYER, query, key, value, operands, options, implementation, with_lse=with_lse)
+        out, lse = out[0], lse[0] if with_lse else None
     else:
-        out, lse = attend(LAYER, query, key, value, operands, options, implementation)
+        out, lse = attend(LAYER, query, key, value, operands, options, implementation, with_lse=with_lse)
     if return_residual:
         return out, jnp.swapaxes(lse, -1, -2)
     return (out, lse) if return_lse else out
@@ -128,7 +130,7 @@ def call_of(q_offset=None, **arguments):
     return operands, Options(q_offset=q_offset, **arguments)
 
 
-def attend(layer, query, key, value, operands, options, implementation=None, wide=False):
+def attend(layer, query, key, value, operands, options, implementation=None, wide=False, with_lse=True):
     """The call behind both front ends: batched tensors in ``options.layout``, ``(out, lse (B, N, T))`` out.
 
     Args:
@@ -136,13 +138,14 @@ def attend(layer, query, key, value, operands, options, implementation=None, wid
         operands: :class:`Operands` as the user gave them (lengths and seed may be ints).
         options: :class:`Options`.
         wide: the output stays float32 whatever the inputs are: a part that is to be merged.
+        with_lse: False = the LSE is None, and engines that would compute it apart from the output do not.
     """
     _check_devices(layer, query, key, value)
     spec, operands = prepare(layer, query, key, value, operands, options)
     spec = replace(spec, wide=wide)
     engine = ENGINES.choose(spec, implementation, layer)
     arrays = (jnp.asarray(x) for x in (query, key, value))
-    return _run(engine.name, spec, options.layout, *arrays, operands)
+    return _run(engine.name, spec, options.layout, with_lse, *arrays, operands)
 
 
 def prepare(layer, query, key, value, operands, options):
@@ -173,13 +176,15 @@ def describe(x):
     return TensorInfo(tuple(np.shape(x)), str(dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(engine, spec, layout, query, key, value, operands):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(engine, spec, layout, with_lse, query, key, value, operands):
     engine = ENGINES[engine]
     if layout in engine.layouts:
-        return engine.run(replace(spec, layout=layout), query, key, value, operands)
-    out, lse = engine.run(spec, *(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), operands)
-    return jnp.swapaxes(out, 1, 2), lse
+        out, lse = engine.run(replace(spec, layout=layout), query, key, value, operands)
+    else:
+        out, lse = engine.run(spec, *(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), operands)
+        out = jnp.swapaxes(out, 1, 2)
+    return out, lse if with_lse else None
 
 
 def _arrays(spec, operands):

@@ -118,7 +118,7 @@ class FlashAttention:
             slopes = alibi_slopes(heads)
         seed = self._seed(dropout_seed, dropout_rng)
         operands = Operands(bias=alibi_mask, mask=mask, slopes=slopes, dropout_seed=seed)
-        out, lse = attend(LAYER, query, key, value, operands, options, config.engine)
+        out, lse = attend(LAYER, query, key, value, operands, options, config.engine, with_lse=config.return_lse)
         return (out, lse) if config.return_lse else out
 
     @staticmethod

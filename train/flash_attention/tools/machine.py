@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import re
+import subprocess
 
 from flash_attention.core.cores import cores
 
@@ -68,6 +69,15 @@ def gpu_missing(pattern="/dev/nvidia[0-9]*"):
     if not any(installed(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
         return "JAX with CUDA: pip install 'jax[cuda12]'"
     return None
+
+
+def gpu_class():
+    """The first NVIDIA GPU's name without its maker's ('H200'), as the driver tells it; 'none' where there is none."""
+    try:
+        told = subprocess.check_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).decode()
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return told.splitlines()[0].replace("NVIDIA", "").strip().replace(" ", "-")
 
 
 def package_version(name):

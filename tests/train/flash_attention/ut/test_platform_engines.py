@@ -28,10 +28,19 @@ PLAIN = AttentionSpec(2, 4, 2, 256, 256, 64, "bfloat16", causal=True)
 def test_auto_takes_what_was_measured(backend, monkeypatch):
     for module in (choice, cudnn, pallas, splash):
         monkeypatch.setattr(module, "backend", lambda: backend)
-    assert ENGINES.choose(PLAIN).name == "xla"
-    for name in ("pallas", "cudnn", "splash", "reference"):
+    chosen = ("cudnn", "pallas", "xla", "xla") if backend == "cuda" else ("xla",) * 4
+    specs = PLAIN, replace(PLAIN, soft_cap=30.0), replace(PLAIN, head_dim=320), replace(PLAIN, dtype="float32")
+    assert tuple(ENGINES.choose(spec).name for spec in specs) == chosen
+    for name in ("splash", "reference"):
         assert ENGINES[name].order is None, "nothing was measured with it"
     assert choice.here().backend == (backend if backend != "tt" else "elsewhere")
+
+
+def test_the_order_is_that_of_every_row():
+    """One order serves all platforms: no row may contradict another."""
+    for row in choice.TABLE:
+        orders = [ENGINES[name].order for name in row.engines]
+        assert orders == sorted(orders), row
 
 
 def test_a_measured_engine_would_be_chosen(monkeypatch):
@@ -46,7 +55,7 @@ def test_a_measured_engine_would_be_chosen(monkeypatch):
 
 
 def test_backend_names_what_jax_computes_on():
-    assert platforms.backend() == "cpu" == jax.default_backend()
+    assert platforms.backend() == {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 
 
 PLACES = {"pallas": ("cpu", "cuda", "rocm"), "cudnn": ("cuda",), "splash": ("cpu", "tpu")}
@@ -90,6 +99,7 @@ CUDNN_REFUSES = {
     "head_dim": [{"head_dim": 60}, {"head_dim": 136}],
     "logits_soft_cap": [{"soft_cap": 30.0}],
     "prev_block_num": [{"prev_block_num": 1}, {"next_block_num": 0}],
+    "tile": [{"tile": (64, 64)}],
     "local_window_size": [
         {"causal": False, "local_window_size": (9, 9)},
         {"causal": False, "local_window_size": (9, None)},
@@ -130,20 +140,24 @@ CUDNN_CASES = [
 ]
 
 
+def without_a_gpu(monkeypatch):
+    """jax.nn's own implementation in place of the kernel, which only a computer with a GPU has."""
+    if platforms.backend() != "cuda":
+        monkeypatch.setattr(cudnn, "backend", lambda: "cuda")
+        monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CUDNN_CASES, ids=str)
 def test_cudnn_asks_jax_nn_for_the_same_attention(case, monkeypatch):
-    """With jax.nn's own implementation in place of the kernel, which no computer without a GPU has."""
-    monkeypatch.setattr(cudnn, "backend", lambda: "cuda")
-    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+    without_a_gpu(monkeypatch)
     engine = JaxEngine("cudnn")
     judge(engine.run, case, engine.functions)
 
 
 @pytest.mark.slow
 def test_the_lse_costs_nothing_unless_used(monkeypatch):
-    monkeypatch.setattr(cudnn, "backend", lambda: "cuda")
-    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+    without_a_gpu(monkeypatch)
     x = jax.ShapeDtypeStruct((1, 2048, 2, 64), "bfloat16")
 
     def loops(implementation):
@@ -238,7 +252,10 @@ def test_splash_exports_for_tpu(dim, window):
 
 # --- names of the factory --------------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_the_factory_runs_the_engine(monkeypatch):
+@pytest.mark.skipif(
+    platforms.backend() not in ("cpu", "tpu"), reason="needs a TPU, or a CPU that interprets its kernels"
+)
+def test_the_factory_runs_the_engine():
     """On its own platform; here interpreted in its place."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 128, 2, 64)), "bfloat16") for _ in range(3))

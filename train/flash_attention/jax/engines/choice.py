@@ -20,8 +20,8 @@ class Choice(NamedTuple):
 
 TABLE = (
     Choice("cpu", ("xla",), "measured beside torch and jax.nn, see docs/benchmarks"),
-    Choice("cuda", ("xla",), "nothing was measured on a GPU; 'pallas' and 'cudnn' run when asked for by name"),
-    Choice("rocm", ("xla",), "nothing was measured on a GPU; 'pallas' runs when asked for by name"),
+    Choice("cuda", ("cudnn", "pallas", "xla"), "measured on an H200, see docs/benchmarks"),
+    Choice("rocm", ("xla",), "nothing was measured on an AMD GPU; 'pallas' runs when asked for by name"),
     Choice("tpu", ("xla",), "nothing was measured on a TPU; 'splash' runs when asked for by name"),
 )
 _ELSEWHERE = Choice("elsewhere", ("xla",), "the engine that needs no kernel of its own")
@@ -37,4 +37,4 @@ def ranked(engine):
     places = [row.engines.index(engine.name) for row in TABLE + (_ELSEWHERE,) if engine.name in row.engines]
     if not places:
         return replace(engine, order=None)
-    return replace(engine, order=min(places), pays=lambda spec: engine.name in here().engines)
+    return replace(engine, order=max(places), pays=lambda spec: engine.name in here().engines and engine.pays(spec))

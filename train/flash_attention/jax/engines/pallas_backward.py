@@ -16,7 +16,7 @@ from flash_attention.jax.engines.xla_backward import score_grads
 
 
 def query_gradient(spec, query, key, value, operands, d_out, lse, delta):
-    """``(body, arrays)``: ``body(interpret, arrays)`` gives [dQ like the query, and the slopes' rows (B, N, Sq)].
+    """``(body, arrays)``: ``body(platform, arrays)`` gives [dQ like the query, and the slopes' rows (B, N, Sq)].
 
     Args:
         d_out: like the query. lse, delta: float32 (B, N, Sq), see :func:`shared.row_statistics`.
@@ -32,7 +32,7 @@ def query_gradient(spec, query, key, value, operands, d_out, lse, delta):
 
 
 def key_gradients(spec, query, key, value, operands, d_out, lse, delta):
-    """``(body, arrays)``: ``body(interpret, arrays)`` gives [dK, dV] like the key. Args as :func:`query_gradient`."""
+    """``(body, arrays)``: ``body(platform, arrays)`` gives [dK, dV] like the key. Args as :func:`query_gradient`."""
     tiles = sizes.tiles_of(spec, "key")
     plan = tiling.plan_by_key(spec, operands, tiles)
     found = operands_of(spec, query, key, value, operands, plan, d_out, lse, delta)
@@ -56,11 +56,12 @@ def of_query_tile(refs, tile):
     rows, exists = refs.rows(tile)
     q, d_o = (refs.heads(name, rows.start, exists) for name in ("query", "d_out"))
     lse, delta = refs.per_row("lse", rows, exists, jnp.inf), refs.per_row("delta", rows, exists)
-    return rows, exists, xla_tiles.load_query(refs.spec, q, q.dtype), d_o, lse, delta
+    q = xla_tiles.load_query(refs.units.spec, q, q.dtype)
+    return rows, exists, q, d_o, lse * refs.units.factor, delta
 
 
 def _query_kernel(refs, d_query_ref, d_slopes_ref=None):
-    spec, tiles, tile = refs.spec, refs.tiles, pl.program_id(0)
+    spec, tiles, by, tile = refs.spec, refs.tiles, refs.units.arithmetic, pl.program_id(0)
     rows, exists, q, d_o, lse, delta = of_query_tile(refs, tile)
 
     def visit(n, edge, carry):
@@ -68,7 +69,7 @@ def _query_kernel(refs, d_query_ref, d_slopes_ref=None):
         start, column, key_exists = refs.keys(n)
         extras = refs.extras(rows, exists, start, column, key_exists, edge)
         k, v = (refs.heads(name, start, key_exists if edge else None) for name in ("key", "value"))
-        _, d_s, d_raw = score_grads(spec, q, k, v, d_o, lse, delta, extras, rows.key, flip=False)
+        _, d_s, d_raw = score_grads(refs.units.spec, q, k, v, d_o, lse, delta, extras, rows.key, False, by)
         if d_slopes_ref is not None:
             d_slope = d_slope - (d_s * xla_tiles.distance(extras, False)).sum(axis=1)
         return d_q + xla_tiles.nn(d_raw.astype(k.dtype), k), d_slope
@@ -81,7 +82,7 @@ def _query_kernel(refs, d_query_ref, d_slopes_ref=None):
 
 
 def _key_kernel(refs, d_key_ref, d_value_ref):
-    spec, tiles, tile = refs.spec, refs.tiles, pl.program_id(0)
+    spec, tiles, by, tile = refs.spec, refs.tiles, refs.units.arithmetic, pl.program_id(0)
     start, column, key_exists = refs.keys(tile)
     k, v = (refs.heads(name, start, key_exists) for name in ("key", "value"))
 
@@ -92,7 +93,7 @@ def _key_kernel(refs, d_key_ref, d_value_ref):
             d_k, d_v = carry
             rows, exists, q, d_o, lse, delta = of_query_tile(own, n)
             extras = own.extras(rows, exists, start, column, key_exists, edge)
-            p, _, d_raw = score_grads(spec, q, k, v, d_o, lse, delta, extras, rows.key, flip=True)
+            p, _, d_raw = score_grads(refs.units.spec, q, k, v, d_o, lse, delta, extras, rows.key, True, by)
             d_k = d_k + xla_tiles.nn(d_raw.astype(q.dtype), q)
             return d_k, d_v + xla_tiles.nn(p.astype(d_o.dtype), d_o)
 
@@ -100,6 +101,7 @@ def _key_kernel(refs, d_key_ref, d_value_ref):
 
     carry = (jnp.zeros((tiles.keys, tiles.dim), jnp.float32),) * 2
     d_k, d_v = lax.fori_loop(0, spec.group, of_head, carry) if spec.group > 1 else of_head(0, carry)
-    d_k = d_k if xla_tiles.folds_scale(spec, k.dtype) else d_k * spec.scale
+    folded = xla_tiles.folds_scale(refs.units.spec, k.dtype)  # then it is in q, in the kernel's units
+    d_k = d_k * (1.0 / refs.units.factor if folded else spec.scale)
     for ref, grad in ((d_key_ref, d_k), (d_value_ref, d_v)):
         tiling.store(spec, ref, refs.axes["key"], grad, k=start)

@@ -15,7 +15,7 @@ from flash_attention.jax.engines.xla_backward import score_grads
 
 
 def bias_gradient(spec, query, key, value, operands, d_out, lse, delta):
-    """``(body, arrays)``: ``body(interpret, arrays)`` gives [dBias like the bias, float32].
+    """``(body, arrays)``: ``body(platform, arrays)`` gives [dBias like the bias, float32].
 
     Args as ``pallas_backward.query_gradient``.
     """
@@ -76,4 +76,5 @@ def _score_gradient(refs, n, rows, exists, q, d_o, lse, delta):
     start, column, key_exists = refs.keys(n)
     extras = refs.extras(rows, exists, start, column, key_exists, True)
     k, v = (refs.heads(name, start, key_exists) for name in ("key", "value"))
-    return score_grads(refs.spec, q, k, v, d_o, lse, delta, extras, rows.key, flip=False)[1]
+    spec, _, by = refs.units
+    return score_grads(spec, q, k, v, d_o, lse, delta, extras, rows.key, False, by)[1]

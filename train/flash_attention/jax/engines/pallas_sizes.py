@@ -1,9 +1,11 @@
 """Tile sizes of the `pallas` engine, and the shared memory that its kernels need. Plain integers, no Pallas.
 
-Triton works on blocks whose sides are powers of two, at least 16 where they meet in a product. Which tiles are fastest
-was not measured; those here are the largest of a usual list whose bound of shared memory fits the device.
+Triton works on blocks whose sides are powers of two, at least 16 where they meet in a product. The first tile of each
+list was the fastest of 4 to 17 on an H200 (bfloat16, 8,192 tokens; decoding: 32,768 keys); a call takes the first whose
+bound of shared memory fits the device.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -34,9 +36,17 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# (rows, keys, warps, stages), the most work first.
-_FORWARD = ((128, 128, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1))
-_BACKWARD = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1))
+# (rows, keys, warps, stages)
+_SMALLER = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1))
+_FORWARD = {
+    64: ((64, 64, 4, 3),) + _SMALLER,
+    128: ((128, 64, 4, 2),) + _SMALLER,
+    256: ((128, 64, 8, 2),) + _SMALLER,
+}  # by padded head size, up to and including
+_KEY = {64: ((32, 128, 4, 3),) + _SMALLER}
+_FLOAT32 = ((32, 32, 4, 1), (32, 16, 4, 1))  # no tensor cores: larger tiles spill registers and take long to compile
+_FEW_ROWS = 32
+_DECODING = ((_FEW_ROWS, 128, 4, 3), (_FEW_ROWS, 64, 4, 3), (_FEW_ROWS, 64, 4, 2)) + _SMALLER
 _LEAST = (16, 16, 4, 1)
 DIRECTIONS = ("forward", "query", "key", "bias")
 
@@ -68,15 +78,21 @@ def shared_bytes(spec, tiles, direction):
     computed = scores * size * {"forward": 1, "query": 2, "key": 2, "bias": 0}[direction]
     by_dim = tiles.dim * (2 * tiles.keys if direction == "key" else tiles.rows)
     stored = scores if direction == "bias" else by_dim
-    return max(resident + tiles.stages * streamed + computed, 4 * stored)
+    # Three TF32 products for one of float32 (if the caller asks for them): Hopper takes an operand's halves from there.
+    halves = 2 * max(by_rows, by_keys) if spec.dtype == "float32" and capability().startswith("9") else 0
+    return max(resident + tiles.stages * streamed + computed + halves, 4 * stored)
+
+
+def capability():
+    """Compute capability of the GPU at hand, '' where there is none."""
+    if jax.default_backend() != "gpu":
+        return ""
+    return str(getattr(jax.devices()[0], "compute_capability", ""))
 
 
 def shared_limit():
     """Bytes that a program may use on the GPU at hand; where there is none, on every GPU since compute capability 8."""
-    if jax.default_backend() != "gpu":
-        return LEAST_SHARED
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    return SHARED_LIMITS.get(capability, LEAST_SHARED)
+    return SHARED_LIMITS.get(capability(), LEAST_SHARED)
 
 
 def tiles_of(spec, direction):
@@ -86,12 +102,36 @@ def tiles_of(spec, direction):
         rows, keys = (max(16, 1 << (min(size, 128).bit_length() - 1)) for size in spec.tile)
         return Tiles(rows, keys, dim, 4, 1)
     most_rows, most_keys = power_of_two(spec.q_len), power_of_two(spec.kv_len)
-    for rows, keys, warps, stages in _FORWARD if direction == "forward" else _BACKWARD:
+    for rows, keys, warps, stages in _candidates(spec.dtype, dim, most_rows, direction):
         tiles = Tiles(min(rows, most_rows), min(keys, most_keys), dim, warps, stages)
         if shared_bytes(spec, tiles, direction) <= shared_limit():
             return tiles
     rows, keys, warps, stages = _LEAST
     return Tiles(rows, keys, dim, warps, stages)
+
+
+def _candidates(dtype, dim, most_rows, direction):
+    if dtype == "float32":
+        return _FLOAT32[1:] if direction == "key" and dim > 128 else _FLOAT32
+    if direction == "key":
+        return _KEY.get(max(64, dim), _SMALLER)
+    if direction != "forward":
+        return _SMALLER
+    return _DECODING if most_rows <= _FEW_ROWS else next(tiles for most, tiles in _FORWARD.items() if dim <= most)
+
+
+MOST_STACKED = 64  # rows
+
+
+def stacks(spec):
+    """Whether the query heads that share a key/value head are rows of one tile: few queries, and nothing a head."""
+    told_apart = (spec.mask_shape, spec.bias_shape, spec.alibi_shape, spec.segments, spec.q_lengths, spec.dropout_rate)
+    return 1 < spec.group and spec.group * spec.q_len <= MOST_STACKED and not any(told_apart)
+
+
+def stacked(spec):
+    """The call with a group's heads as queries of one head; where they stand, and sinks, are the caller's to give."""
+    return replace(spec, heads=spec.kv_heads, q_len=spec.group * spec.q_len, sinks=False)
 
 
 _PROGRAMS_A_PROCESSOR = 2

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from flash_attention.core.ranges import query_tiles
+from flash_attention.jax.engines.pallas_arithmetic import units
 from flash_attention.jax.engines.shared import dropout_origin, dropout_rows
 from flash_attention.jax.engines.xla_tiles import Extras, Rows, earlier_blocks, masked_inside, visited
 
@@ -27,6 +28,11 @@ def _offset(spec, operands):
     """Position of query 0, int32 (1|B, 1)."""
     offset = operands.q_offset if spec.dynamic_offset else spec.offset
     return jnp.asarray(offset, jnp.int32).reshape(-1, 1)
+
+
+def positions(spec, operands):
+    """Position of each query, int32 (1|B, Sq)."""
+    return _offset(spec, operands) + jnp.arange(spec.q_len, dtype=jnp.int32)
 
 
 def _lengths(x):
@@ -113,15 +119,16 @@ def axes_of_heads(spec):
     return ("bqnd", "bkmd") if spec.layout == "BSND" else ("bnqd", "bmkd")
 
 
-def operands_of(spec, query, key, value, operands, plan):
+def operands_of(spec, query, key, value, operands, plan, position=None):
     """``{name: (array, axes)}`` of what every kernel reads; absent ones are left out.
 
     ``low`` and ``high`` are the first and last key that a query sees; ``counts`` are the position of query 0, how many
-    queries and keys exist, and what dropout counts keys from.
+    queries and keys exist, and what dropout counts keys from. ``position``: that of each query, where they do not
+    follow one another.
     """
     batch, (query_axes, key_axes) = query.shape[0], axes_of_heads(spec)
     offset, kv_lengths = _offset(spec, operands), _lengths(operands.kv_lengths)
-    position = offset + jnp.arange(spec.q_len, dtype=jnp.int32)
+    position = positions(spec, operands) if position is None else position
     high = spec.band.last_key(position)
     found = {
         "query": (query, query_axes),
@@ -191,15 +198,16 @@ def call(spec, tiles, kernel, name, grid, found, outs, span=Span()):
     axes = {key: letters for key, (_, letters) in found.items()}
     block = functools.partial(_block, spec, tiles, span)
 
-    def body(interpret, arrays):
+    def body(platform, arrays):
+        seen = units(spec, platform)
         return pl.pallas_call(
-            lambda refs, *out_refs: kernel(Refs(spec, tiles, span, refs, axes), *out_refs),
+            lambda refs, *out_refs: kernel(Refs(spec, tiles, span, seen, refs, axes), *out_refs),
             out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outs],
             in_specs=[{key: block(array.shape, axes[key]) for key, array in arrays.items()}],
             out_specs=[block(shape, letters, tiled=True) for shape, _, letters in outs],
             grid=grid,
             name=name,
-            interpret=interpret,
+            interpret=platform == "cpu",
             compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         )(arrays)
 
@@ -281,13 +289,13 @@ class Refs:
     ``head`` and ``batch`` are those of the program's :class:`Span` that are read; :meth:`at` chooses others.
     """
 
-    def __init__(self, spec, tiles, span, refs, axes, head=0, batch=0):
-        self.spec, self.tiles, self.span, self.refs, self.axes = spec, tiles, span, refs, axes
+    def __init__(self, spec, tiles, span, units, refs, axes, head=0, batch=0):
+        self.spec, self.tiles, self.span, self.units, self.refs, self.axes = spec, tiles, span, units, refs, axes
         self.head, self.batch = head, batch
 
     def at(self, head, batch=0):
         """The same, reading another query head and batch row of the span."""
-        return Refs(self.spec, self.tiles, self.span, self.refs, self.axes, head, batch)
+        return Refs(self.spec, self.tiles, self.span, self.units, self.refs, self.axes, head, batch)
 
     def __contains__(self, name):
         return name in self.refs
@@ -319,7 +327,7 @@ class Refs:
         index = start + jnp.arange(size, dtype=jnp.int32)
         exists, part = index < self.count(1), pl.ds(start, size)
         low, high = self.read("low", exists, q=part), self.read("high", exists, -1, q=part)
-        slope = jnp.full((1,), self.read("slopes")) if "slopes" in self else None
+        slope = jnp.full((1,), self.read("slopes") * self.units.factor) if "slopes" in self else None
         segment = self.read("q_segments", exists, q=part) if "q_segments" in self else None
         key = self.read("row_keys", exists, q=part) if "row_keys" in self else None
         return Rows(start, index, index + self.count(0), None, slope, segment, key, (low, high)), exists
@@ -357,7 +365,7 @@ class Refs:
         elif spec.mask_shape is not None:
             mask = self._window("mask", exists, key_exists, part) > 0
         if spec.bias_shape is not None:
-            bias = self._window("bias", exists, key_exists, part)
+            bias = self._window("bias", exists, key_exists, part) * self.units.factor
         index = column + self.count(3) if spec.dropout_rate else column
         base = rows.start + self.count(0)
         return Extras(column, rows.position, low, high, rows.slope, same, mask, bias, index, base)

@@ -15,9 +15,9 @@ def backend():
 
 
 def compiled_or_interpreted(platforms, call, *arrays):
-    """``call(interpret, *arrays)`` with ``interpret`` False when it is lowered for ``platforms``, True for the CPU.
+    """``call(platform, *arrays)`` for that of ``platforms`` which it is lowered for, or 'cpu', which interprets it.
 
     The choice is made when the program is lowered, so that a computer without the device can export for it.
     """
-    branches = dict.fromkeys(platforms, functools.partial(call, False))
-    return lax.platform_dependent(*arrays, cpu=functools.partial(call, True), **branches)
+    branches = {name: functools.partial(call, name) for name in platforms + ("cpu",)}
+    return lax.platform_dependent(*arrays, **branches)

@@ -8,10 +8,10 @@ from flash_attention.core.engine import Engine
 
 
 class _Namespace:
-    """jax.numpy for ``core.reference``, with the row maximum as a constant of differentiation, from which it cancels.
+    """jax.numpy for ``core.reference``, with exact products, and the row maximum as a constant of differentiation.
 
-    JAX finds the maximum again by comparing, and XLA may compute the compared scores with other roundings: then no
-    element equals the maximum, and its gradient is 0 / 0 (seen with jax 0.10).
+    The maximum cancels from the gradient. JAX would find it again by comparing, and XLA may compute the compared scores
+    with other roundings: then no element equals the maximum, and its gradient is 0 / 0 (seen with jax 0.10).
     """
 
     def __getattr__(self, name):
@@ -19,6 +19,9 @@ class _Namespace:
 
     def max(self, x, **options):
         return lax.stop_gradient(jnp.max(x, **options))
+
+    def matmul(self, a, b):
+        return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)  # GPUs and TPUs would round float32
 
 
 NAMESPACE = _Namespace()

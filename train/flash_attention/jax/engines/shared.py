@@ -40,6 +40,31 @@ def differentiable(forward_pass, backward_pass):
     return attention
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def lse_of(run, spec, query, key, value, operands):
+    """The LSE alone, by an engine's ``run``, for engines whose kernel gives none.
+
+    Nothing is computed where nothing uses it, backward included. Differentiable in query, key and value.
+    """
+    return run(spec, query, key, value, operands)[1]
+
+
+def _lse_forward(run, spec, *inputs):
+    inputs = jax.tree.map(lambda x: x.value, inputs, is_leaf=lambda x: hasattr(x, "perturbed"))
+    return lse_of(run, spec, *inputs), inputs
+
+
+def _lse_backward(run, spec, inputs, d_lse):
+    if isinstance(d_lse, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    *tensors, operands = inputs
+    _, pullback = jax.vjp(lambda *tensors: run(spec, *tensors, operands)[1], *tensors)
+    return (*pullback(d_lse), None)
+
+
+lse_of.defvjp(_lse_forward, _lse_backward, symbolic_zeros=True)
+
+
 def per_example(function):
     """``function(spec, *arrays)`` compiled once a spec; ``vmap`` runs the examples one after the other.
 

@@ -18,6 +18,7 @@ from flash_attention.core.ranges import Band, visible
 from flash_attention.core.spec import Operands
 from flash_attention.jax.engines import cudnn, xla
 from flash_attention.jax.engines.platforms import backend, compiled_or_interpreted
+from flash_attention.jax.engines.shared import lse_of
 
 PLATFORM = "tpu"
 LANES = 128
@@ -46,10 +47,12 @@ def run(spec, query, key, value, operands=Operands()):
 
     Where a caller uses the LSE, `xla` computes it: the library's is not differentiable.
     """
-    lse = xla.lse_of(spec, query, key, value, operands)
+    lse = lse_of(xla.run, spec, query, key, value, operands)
     scaled = (query.astype(jnp.float32) * spec.scale).astype(query.dtype)
     padded = (_padded(spec, x) for x in (scaled, key, value))
-    out = compiled_or_interpreted((PLATFORM,), lambda interpret, *x: jax.vmap(_kernel(spec, interpret))(*x), *padded)
+    out = compiled_or_interpreted(
+        (PLATFORM,), lambda platform, *x: jax.vmap(_kernel(spec, platform == "cpu"))(*x), *padded
+    )
     return out[:, :, : spec.q_len, : spec.head_dim], lse
 
 

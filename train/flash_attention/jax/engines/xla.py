@@ -4,9 +4,6 @@ front end -> **run** -> flatten to rows -> xla_forward / xla_backward -> xla_til
 loops: the shapes, the custom derivative, and the rule for ``vmap``.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
 from flash_attention.core.engine import Engine
@@ -135,31 +132,6 @@ def backward_pass(spec, saved, cotangents, intervals=None):
 
 
 _attention = differentiable(forward_pass, backward_pass)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def lse_of(spec, query, key, value, operands):
-    """The LSE alone, for engines whose kernel gives none; nothing is computed where nothing uses it, backward included.
-
-    Differentiable in query, key and value.
-    """
-    return run(spec, query, key, value, operands)[1]
-
-
-def _lse_forward(spec, *inputs):
-    inputs = jax.tree.map(lambda x: x.value, inputs, is_leaf=lambda x: hasattr(x, "perturbed"))
-    return lse_of(spec, *inputs), inputs
-
-
-def _lse_backward(spec, inputs, d_lse):
-    if isinstance(d_lse, jax.custom_derivatives.SymbolicZero):
-        return None, None, None, None
-    *tensors, operands = inputs
-    _, pullback = jax.vjp(lambda *tensors: run(spec, *tensors, operands)[1], *tensors)
-    return (*pullback(d_lse), None)
-
-
-lse_of.defvjp(_lse_forward, _lse_backward, symbolic_zeros=True)
 
 
 def supports(spec):

@@ -132,13 +132,13 @@ def _add(x, part, *corner):
     return lax.dynamic_update_slice(x, lax.dynamic_slice(x, corner, part.shape) + part, corner)
 
 
-def score_grads(spec, q, k, v, d_o, lse, delta, extras, row_key, flip):
+def score_grads(spec, q, k, v, d_o, lse, delta, extras, row_key, flip, by=tiles.EXACT):
     """Probabilities that multiplied V, gradients of the scores behind and before the soft cap; (R, C), (C, R) if flip.
 
     ``lse`` is +inf for rows that see no key.
     """
-    s, squashed = tiles.scores(spec, q, k, extras, flip)
-    p = jnp.exp(s - tiles.row(lse, flip))
+    s, squashed = tiles.scores(spec, q, k, extras, flip, by)
+    p = by.exp(s - tiles.row(lse, flip))
     d_p = tiles.nt(v, d_o) if flip else tiles.nt(d_o, v)
     applied = p
     if spec.dropout_rate:

@@ -77,16 +77,16 @@ def bounded(spec):
     )
 
 
-def accumulate(spec, state, q, k, v, extras, row_key):
+def accumulate(spec, state, q, k, v, extras, row_key, by=tiles.EXACT):
     """Add one tile's keys to the running softmax of its rows."""
     out, peak, total = state
-    s, _ = tiles.scores(spec, q, k, extras)
+    s, _ = tiles.scores(spec, q, k, extras, by=by)
     if bounded(spec):
-        p = jnp.exp(s)
+        p = by.exp(s)
     else:
         new = jnp.maximum(peak, s.max(axis=1))
-        p = jnp.exp(s - new[:, None])
-        shrink = jnp.exp(peak - new)
+        p = by.exp(s - new[:, None])
+        shrink = by.exp(peak - new)
         out, total, peak = out * shrink[:, None], total * shrink, new
     total = total + p.sum(axis=1)
     if spec.dropout_rate:

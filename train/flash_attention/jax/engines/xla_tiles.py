@@ -7,7 +7,7 @@ row-major form that XLA's CPU backend multiplies fastest.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -412,6 +412,16 @@ def col(x, flip):
     return x[:, None] if flip else x[None, :]
 
 
+class Arithmetic(NamedTuple):
+    """What a platform may compute in its own way."""
+
+    exp: Callable = jnp.exp
+    tanh: Callable = jnp.tanh
+
+
+EXACT = Arithmetic()
+
+
 def nt(a, b):
     """(M, K), (N, K) -> (M, N), float32 or wider."""
     return _dot(a, b, 1)
@@ -445,7 +455,7 @@ def load_query(spec, x, dtype):
     return x * jnp.asarray(spec.scale, dtype) if folds_scale(spec, dtype) else x
 
 
-def scores(spec, q, k, x, flip=False):
+def scores(spec, q, k, x, flip=False, by=EXACT):
     """Scores of a tile, hidden ones -inf, and tanh's value (for the soft cap's derivative, else None).
 
     Args: q (R, D) from :func:`load_query`, k (C, D), x an :class:`Extras`. Returns (R, C), or (C, R) when ``flip``.
@@ -455,7 +465,7 @@ def scores(spec, q, k, x, flip=False):
         s = s * spec.scale
     squashed = None
     if spec.soft_cap is not None:
-        squashed = jnp.tanh(s * (1.0 / spec.soft_cap))
+        squashed = by.tanh(s * (1.0 / spec.soft_cap))
         s = squashed * spec.soft_cap
     if x.bias is not None:
         s = s + (x.bias.T if flip else x.bias).astype(jnp.float32)

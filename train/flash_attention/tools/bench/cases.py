@@ -127,6 +127,11 @@ class Case:
         names = (("query", q_shape), ("key", kv_shape), ("value", kv_shape), ("d_out", q_shape))
         return {name: round_to(rng.standard_normal(shape, dtype=np.float32), self.dtype) for name, shape in names}
 
+    def sizes(self):
+        """The plain call of the same sizes and dtype: what :meth:`arrays` depends on."""
+        fields = ("batch", "heads", "q_len", "head_dim", "dtype", "kv_heads", "kv_len")
+        return Case(**{name: getattr(self, name) for name in fields})
+
     def input_bytes(self):
         """Bytes of query, key and value."""
         spec = self.spec()

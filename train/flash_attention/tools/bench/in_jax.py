@@ -10,17 +10,18 @@ import numpy as np
 from flash_attention.jax import ENGINES, flash_attention
 from flash_attention.tools.bench.cases import LAYERS, SEED
 from flash_attention.tools.bench.mechanisms_in_jax import MECHANISMS
-from flash_attention.tools.bench.peers_in_jax import PEERS
+from flash_attention.tools.bench.peers_in_jax import PEERS, alibi_bias, segment_mask
 
-CANDIDATES = ("auto", "jax.nn", "naive")
+CANDIDATES = ("auto", "jax.nn", "jax.nn cudnn", "naive")
 
 
 def build(case, direction, candidate, arrays, ahead=False):
     """``(call, results)``: ``call()`` runs once to completion, ``results()`` gives numpy (out, d_query or None).
 
     Args:
-        candidate: 'auto' or an engine of ``flash_attention.jax.ENGINES``, 'jax.nn', 'naive', a library of ``PEERS``, or
-            a mechanism. For layers, whose weights the judge does not know, ``results()`` gives None.
+        candidate: 'auto' or an engine of ``flash_attention.jax.ENGINES``, 'jax.nn', 'jax.nn cudnn' (asked for its cuDNN
+            kernel), 'naive', a library of ``PEERS``, or a mechanism. For layers, whose weights the judge does not know,
+            ``results()`` gives None.
         ahead: compile here, not at the first call.
     """
     inputs = [jnp.asarray(_bsnd(arrays[name])).astype(case.dtype) for name in ("query", "key", "value", "d_out")]
@@ -84,8 +85,8 @@ def _attention(case, candidate):
         return MECHANISMS[candidate](case)
     if candidate in PEERS:
         return PEERS[candidate](case)
-    if candidate == "jax.nn":
-        return _jax_nn(case)
+    if candidate.startswith("jax.nn"):
+        return _jax_nn(case, candidate[len("jax.nn ") :] or None)
     if candidate == "naive":
         return functools.partial(_naive, case)
     options = dict(case.options(), **{name: jnp.asarray(x) for name, x in case.operands().items()})
@@ -95,25 +96,30 @@ def _attention(case, candidate):
     return functools.partial(flash_attention, implementation=None if candidate == "auto" else candidate, **options)
 
 
-def _jax_nn(case):
-    """jax.nn's function with what it can express; block windows and bottom-right causality only through a mask."""
+def _jax_nn(case, implementation=None):
+    """jax.nn's function with what it can express; other windows and segments only through a mask."""
     spec = case.spec()
-    if not (case.plain() or case.alibi):
+    if case.soft_cap or case.dropout or case.compact:
         raise ValueError("jax.nn.dot_product_attention has no such option")
-    options = {}
+    options, masks = {"implementation": implementation}, []
     if case.causal and spec.offset == 0:
         options["is_causal"] = True
     elif case.causal:
-        options["mask"] = _band_mask(case)
-    if case.window and _window_works():
+        masks.append(functools.partial(_band_mask, case))
+    two_sided = case.window and case.window[1] and not case.causal
+    if case.window and _window_works() and not (implementation == "cudnn" and two_sided):
         options["local_window_size"] = case.window
     elif case.window or case.blocks:
-        options["mask"] = _band_mask(case)
+        masks.append(functools.partial(_band_mask, case))
+    if case.segments:
+        masks.append(functools.partial(segment_mask, case))
 
     def attend(query, key, value):
-        built = dict(options, **({"mask": options["mask"]()} if "mask" in options else {}))
+        built = dict(options)
+        if masks:
+            built["mask"] = functools.reduce(jnp.logical_and, [mask() for mask in masks])
         if case.alibi:
-            built["bias"] = _alibi_bias(case).astype(query.dtype)
+            built["bias"] = alibi_bias(case).astype(query.dtype)
         return jax.nn.dot_product_attention(query, key, value, **built)
 
     return attend
@@ -128,19 +134,12 @@ def _window_works():
 
 
 def _band_mask(case):
-    """Builds (1, 1, Sq, Sk) inside the jitted program, as a careful user would."""
+    """(1, 1, Sq, Sk), formed inside the jitted program, as a careful user would."""
     from flash_attention.core.ranges import visible
 
     spec = case.spec()
-    return lambda: visible(spec.band, jnp.arange(spec.q_len)[:, None] + spec.offset, jnp.arange(spec.kv_len)[None, :])[
-        None, None
-    ]
-
-
-def _alibi_bias(case):
-    spec = case.spec()
-    distance = jnp.abs(jnp.arange(spec.q_len)[:, None] + spec.offset - jnp.arange(spec.kv_len)[None, :])
-    return -jnp.asarray(case.operands()["alibi_slopes"])[None, :, None, None] * distance
+    seen = visible(spec.band, jnp.arange(spec.q_len)[:, None] + spec.offset, jnp.arange(spec.kv_len)[None, :])
+    return seen[None, None]
 
 
 def _naive(case, query, key, value):
@@ -151,7 +150,7 @@ def _naive(case, query, key, value):
     key, value = (jnp.repeat(x, spec.group, axis=2) for x in (key, value))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * spec.scale
     if case.causal or case.window or case.blocks:
-        scores = jnp.where(_band_mask(case)(), scores, -jnp.inf)
+        scores = jnp.where(_band_mask(case), scores, -jnp.inf)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(value.dtype), value)
 
 
@@ -159,13 +158,14 @@ def limits(seconds):
     """What XLA reaches here: matmul GFLOP/s by dtype, fused exp in Gelem/s, memory read in GB/s."""
     found = {}
     product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
+    side, times = (1024, 1) if jax.default_backend() == "cpu" else (8192, 16)  # a GPU needs more to be busy
     for name in ("float32", "bfloat16"):
-        a = jnp.ones((1024, 1024), name)
+        a = jax.random.normal(jax.random.key(0), (side, side)).astype(name)  # zeros and ones multiply faster
         once = functools.partial(lambda a: product(a).block_until_ready(), a)
-        found["matmul_{}_gflops".format(name)] = 2 * 1024**3 / seconds(once) / 1e9
-    x = jnp.linspace(0.0, 1.0, 2**19).reshape(512, 1024)
+        found["matmul_{}_gflops".format(name)] = 2 * side**3 / seconds(once) / 1e9
+    x = jnp.linspace(0.0, 1.0, times * 2**19).reshape(-1, 1024)
     softmax_sum = jax.jit(lambda x: jnp.sum(jnp.exp(x - jnp.max(x, -1, keepdims=True)), -1))
-    memory = jnp.ones((4096, 2**14))  # 256 MB: beyond every cache
+    memory = jnp.ones((times * 4096, 2**14))  # 256 MB, 4 GB: beyond every cache
     row_sums = jax.jit(lambda x: jnp.sum(x, -1))
     found["read_gbytes"] = memory.nbytes / seconds(lambda: row_sums(memory).block_until_ready()) / 1e9
     found["exp_gelem"] = x.size / seconds(lambda: softmax_sum(x).block_until_ready()) / 1e9

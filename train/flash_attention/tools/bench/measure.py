@@ -20,6 +20,10 @@ from flash_attention.tools.bench.distance import Cores
 from flash_attention.tools.machine import installed
 
 _SHORT_CALL = 0.05  # seconds; shorter calls are repeated within a turn until they fill this
+_ENVIRONMENT = {
+    "GLOG_v": "3",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share a GPU
+}
 LIMIT = 300.0  # seconds one command may take
 START_LIMIT = 120.0
 
@@ -47,7 +51,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
-            env=dict(os.environ, PYTHONPATH=path, GLOG_v=os.environ.get("GLOG_v", "3")),
+            env=dict({**_ENVIRONMENT, **os.environ}, PYTHONPATH=path),
         )
         atexit.register(self.close)
         self._read(START_LIMIT)

@@ -13,24 +13,47 @@ import jax.numpy as jnp
 _CHUNK = 512
 
 
+_OPTIONS = ("causal", "window", "blocks", "alibi", "soft_cap", "segments", "dropout", "compact")
+
+
 def _require(case, *allowed):
-    """Raise unless the case sets nothing but sizes, dtype and what is ``allowed`` of 'causal' and 'window'."""
-    given = [name for name in ("causal", "window", "blocks") if getattr(case, name)]
-    if not case.plain() or set(given) - set(allowed) or case.spec().q_len != case.spec().kv_len:
+    """Raise unless the case sets nothing but sizes, dtype and what is ``allowed`` of its options."""
+    given = {name for name in _OPTIONS if getattr(case, name)}
+    if given - set(allowed) or case.spec().q_len != case.spec().kv_len:
         raise ValueError("the library has no such option")
 
 
+def alibi_bias(case):
+    """(1, N, Sq, Sk), formed inside the jitted program."""
+    spec = case.spec()
+    distance = jnp.abs(jnp.arange(spec.q_len)[:, None] + spec.offset - jnp.arange(spec.kv_len)[None, :])
+    return -jnp.asarray(case.operands()["alibi_slopes"])[None, :, None, None] * distance
+
+
+def segment_mask(case):
+    """(B, 1, Sq, Sk), formed inside the jitted program, as a careful user would."""
+    given = case.operands()
+    queries, keys = jnp.asarray(given["q_segment_ids"]), jnp.asarray(given["kv_segment_ids"])
+    return (queries[:, :, None] == keys[:, None, :])[:, None]
+
+
 def _tokamax(case):
-    _require(case, "causal", "window")
+    _require(case, "causal", "window", "alibi", "soft_cap", "segments")
     import tokamax
     from absl import flags
 
     if not flags.FLAGS.is_parsed():  # it reads them, also as a library
         flags.FLAGS(["bench"], known_only=True)
-    options = {"is_causal": case.causal, "local_window_size": case.window}
+    options = {"is_causal": case.causal, "local_window_size": case.window, "logits_soft_cap": case.soft_cap}
     if jax.default_backend() == "cpu":  # its default there forms all scores
         options["implementation"] = "xla_chunked"
-    return functools.partial(tokamax.dot_product_attention, **options)
+
+    def attend(query, key, value):
+        bias = alibi_bias(case).astype(query.dtype) if case.alibi else None
+        mask = segment_mask(case) if case.segments else None
+        return tokamax.dot_product_attention(query, key, value, bias, mask, **options)
+
+    return attend
 
 
 def _ringattention(case):

@@ -5,7 +5,7 @@ from typing import Callable, NamedTuple, Optional, Tuple
 
 from flash_attention.tools.bench.cases import Case
 from flash_attention.tools.bench.measure import ratio
-from flash_attention.tools.machine import installed, versions
+from flash_attention.tools.machine import cpu_class, installed, versions
 
 SUITES = (
     ("flash_attention", "flash_attention.tools.bench.suite_jax"),
@@ -73,6 +73,7 @@ class Benchmark(NamedTuple):
         packages: others whose versions are kept with the results.
         refusal: ``refusal() -> None``, or what this computer lacks for it, worded to follow "needs".
         package: a package on top of this one whose code decides the results too.
+        place: ``place() -> str``, the class of what computes: in the names of the files and beside the figures.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Benchmark(NamedTuple):
     packages: Tuple[str, ...] = ()
     refusal: Callable[[], Optional[str]] = lambda: None
     package: Optional[str] = None
+    place: Callable[[], str] = cpu_class
 
     @property
     def sources(self):

@@ -67,7 +67,7 @@ def run_one(benchmark, args):
     """Run one benchmark; prints its tables, writes its files."""
     jobs = quick_jobs(benchmark.jobs()) if args.quick else benchmark.jobs()
     suffix = "-quick" if args.quick else ""
-    path = os.path.join(args.out, "{}-{}{}.json".format(benchmark.name, machine.cpu_class(), suffix))
+    path = os.path.join(args.out, "{}-{}{}.json".format(benchmark.name, benchmark.place(), suffix))
     digest = machine.source_digest(benchmark.sources, benchmark.package)
     stamp = {"versions": benchmark.versions, "source": digest}
     partial = Partial(path + ".partial", stamp, fresh=args.fresh or args.quick)
@@ -82,7 +82,7 @@ def run_one(benchmark, args):
     if cores.nearest is not None:
         partial.keep("limits", dict(partial.content["limits"], cores={"round_trip_ns": cores.nearest}))
     document = document_of(benchmark, jobs, partial.content)
-    print("\n{} ({}), CPU class {}".format(benchmark.name, document["date"], document["cpu_class"]))
+    print("\n{} ({}), class {}".format(benchmark.name, document["date"], document["place"]))
     print(format_table(["limit"] + sorted(document["limits"]), _limit_rows(document["limits"])))
     print(report.table(document["rows"]))
     print(report.figures_table(document["figures"] + document["not_measured"]))
@@ -170,6 +170,7 @@ def document_of(benchmark, jobs, content):
         "source": content["stamp"]["source"],
         "cpu": machine.cpu_name(),
         "cpu_class": where["cpu_class"],
+        "place": benchmark.place(),
         "idle_cores": machine.idle_cores(),
         "limits": content["limits"],
         "rows": report.rows_of(jobs, content["jobs"]),

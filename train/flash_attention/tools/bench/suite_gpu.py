@@ -1,6 +1,6 @@
-"""Benchmark of the GPU engines on an NVIDIA GPU, bfloat16, D = 128. Ready to run; not run yet: no GPU was at hand.
+"""Benchmark of the GPU engines on an NVIDIA GPU, bfloat16, D = 128: what ``jax/engines/choice.py`` rests on.
 
-Bounds: the project's targets for an H200. Run it before an engine is entered in ``jax/engines/choice.py``.
+Bounds: the project's targets for an H200. cuDNN with a dense mask or bias ("jax.nn cudnn") counts among the peers.
 """
 
 from dataclasses import replace
@@ -16,32 +16,47 @@ from flash_attention.tools.bench.registry import (
     at_most,
     quotient,
     register,
+    said,
     worst,
 )
-from flash_attention.tools.bench.suite_peers import PEERS, entries
 
 OURS = "pallas"
 _SCORES = Case(8, 16, 8192, 128, dtype="bfloat16")
 _CAUSAL = replace(_SCORES, causal=True)
 _DENSE = {"full": _SCORES, "causal": _CAUSAL, "causal window 1024": replace(_CAUSAL, window=(1024, 0))}
+# A quarter of the heads: peers hold all scores, in float32 and several times in the backward direction.
+_FEWER, _FEWER_CAUSAL = replace(_SCORES, batch=2), replace(_CAUSAL, batch=2)
 _PLANS = {
-    "window +-1024": replace(_SCORES, window=(1024, 1024)),
-    "blocks 8 x 128": replace(_SCORES, blocks=(8, 8)),
-    "ALiBi causal": replace(_CAUSAL, alibi=True),
-    "soft cap causal": replace(_CAUSAL, soft_cap=30.0),
-    "segments": replace(_CAUSAL, segments=8),
+    "window +-1024": replace(_FEWER, window=(1024, 1024)),
+    "blocks 8 x 128": replace(_FEWER, blocks=(8, 8)),
+    "ALiBi causal": replace(_FEWER_CAUSAL, alibi=True),
+    "soft cap causal": replace(_FEWER_CAUSAL, soft_cap=30.0),
+    "segments": replace(_FEWER_CAUSAL, segments=8),
 }
-_DECODE = Case(16, 32, 1, 128, dtype="bfloat16", kv_heads=8, kv_len=32768)
+_PLAIN_OF_PLANS = "causal, a quarter of the heads"
+_FLOAT32 = replace(_FEWER_CAUSAL, q_len=4096, dtype="float32")
+_SHORT = Case(8, 8, 256, 64, dtype="bfloat16", causal=True)
+_DECODE = Case(32, 32, 1, 128, dtype="bfloat16", kv_heads=8, kv_len=32768)
+PEERS = ("jax.nn", "jax.nn cudnn", "tokamax", "ejkernel")
+
+
+def _entries(case, ours, peers):
+    """Ours and jax.nn in one process, every other library in its own."""
+    own = [Entry(name, "jax", name, case) for name in ours + tuple(x for x in peers if x.startswith("jax.nn"))]
+    return tuple(own + [Entry(name, name, name, case) for name in peers if not name.startswith("jax.nn")])
 
 
 def _jobs():
     jobs = []
     for key, case in _DENSE.items():
-        compared = entries(case, (OURS, "cudnn", "xla")) + (Entry("torch", "torch", "torch", case),)
+        compared = _entries(case, (OURS, "auto", "cudnn"), ("tokamax", "torch"))
         jobs += [Job(key, way, compared, base="cudnn") for way in DIRECTIONS]
     for key, case in _PLANS.items():
-        jobs += [Job(key, way, entries(case, (OURS, "xla")), base=OURS) for way in DIRECTIONS]
-    return jobs + [Job("decode", "fwd", entries(_DECODE, (OURS, "xla")), base=OURS)]
+        jobs += [Job(key, way, _entries(case, (OURS,), PEERS), base=OURS) for way in DIRECTIONS]
+    jobs += [Job(_PLAIN_OF_PLANS, way, _entries(_FEWER_CAUSAL, (OURS,), ()), base=OURS) for way in DIRECTIONS]
+    for key, case in (("float32", _FLOAT32), ("short", _SHORT)):
+        jobs += [Job(key, way, _entries(case, ("auto", OURS, "xla"), ("jax.nn",)), base="auto") for way in DIRECTIONS]
+    return jobs + [Job("decode", "fwd", _entries(_DECODE, (OURS,), ("jax.nn", "torch")), base=OURS)]
 
 
 def _figures(results, found):
@@ -49,14 +64,25 @@ def _figures(results, found):
     figures = []
     for key in _DENSE:
         for way, bound in zip(DIRECTIONS, (1.10, 1.15)):
-            ratios = [results.ratio(key, way, OURS, name) for name in ("cudnn", "torch")]
             bound = 1.15 if "window" in key else bound
-            name = "gpu {} {}: time / the better of cuDNN and torch".format(key, way)
-            figures.append(at_most(name, worst(ratios), bound))
+            for ours in ("auto", OURS):
+                ratios = [results.ratio(key, way, ours, name) for name in ("cudnn", "torch")]
+                name = "gpu {} {}: {}, time / the better of cuDNN and torch".format(key, way, ours)
+                figures.append(
+                    at_most(name, worst(ratios), bound) if ours == "auto" else said(name, worst(ratios), "x")
+                )
     for key in _PLANS:
         for way in DIRECTIONS:
-            gains = [results.ratio(key, way, name, OURS) for name in ("jax.nn",) + PEERS]
+            gains = [results.ratio(key, way, name, OURS) for name in PEERS]
             figures.append(at_least("gpu {} {}: gain over the best peer".format(key, way), worst(gains, min), 3.0))
+    for key in ("float32", "short"):
+        for way in DIRECTIONS:
+            figures.append(
+                said("gpu {} {}: gain over jax.nn".format(key, way), results.ratio(key, way, "jax.nn", "auto"), "x")
+            )
+            figures.append(
+                said("gpu {} {}: gain over xla".format(key, way), results.ratio(key, way, "xla", "auto"), "x")
+            )
     size = 2 * _DECODE.batch * _DECODE.kv_heads * _DECODE.kv_len * _DECODE.head_dim * BYTES[_DECODE.dtype]
     rate = quotient(size / 1e9, results.value("decode", "fwd", OURS))
     figures.append(at_least("gpu decode: share of 4.8 TB/s (H200)", quotient(rate, 4800.0), 0.75, ""))
@@ -70,6 +96,9 @@ register(
         _jobs,
         _figures,
         ("jax", "torch"),
+        budget=1.0,
+        packages=("tokamax", "ejkernel"),
         refusal=machine.gpu_missing,
+        place=machine.gpu_class,
     )
 )

@@ -5,6 +5,7 @@ thread pools of the others out of its timings; the parent stops it (SIGSTOP) whi
 """
 
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -76,15 +77,23 @@ def best_seconds(call, budget=0.3):
 
 
 class LazyArrays(dict):
-    """A case's arrays by name, drawn when the first one is asked for: not every candidate needs them."""
+    """A case's arrays by name, drawn when the first one is asked for: not every candidate needs them.
 
-    def __init__(self, case):
+    ``keep``: the next case of the same sizes finds them drawn.
+    """
+
+    def __init__(self, case, keep=False):
         super().__init__()
-        self.case = case
+        self.case, self.keep = case, keep
 
     def __missing__(self, name):
-        self.update(self.case.arrays())
+        self.update(_kept_arrays(self.case.sizes()) if self.keep else self.case.arrays())
         return dict.__getitem__(self, name)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_arrays(case):
+    return case.arrays()
 
 
 class Desk:
@@ -105,7 +114,7 @@ class Desk:
 
     def prepare(self, key, case, direction, candidate):
         """Build a candidate and call it twice: the first call compiles."""
-        arrays = LazyArrays(case)
+        arrays = LazyArrays(case, keep=True)
         call, results = self.build(case, direction, candidate, arrays)
         first, second = _timed(call), _timed(call)
         self.entries[key] = call, results, case, arrays, candidate.partition("/")[0]

@@ -29,7 +29,7 @@ class FlashAttention2(AttentionImpl):
         """The core call, on one device or over the mesh by ``strategy``."""
         metadata = self.metadata
         if metadata.mesh is None or metadata.mesh.size == 1 or not metadata.shard_attention_computation:
-            return attend(self.get_impl_name(), query, key, value, *call_of(**arguments), "xla")[0]
+            return attend(self.get_impl_name(), query, key, value, *call_of(**arguments), with_lse=False)[0]
         axis = metadata.partition_axis
         return distributed.attention(
             query,
