@@ -39,6 +39,7 @@ def pick(language, english, chinese):
 TESTS = ("**proven by the tests here**", "**本仓库测试验证**")
 DOCUMENTATION = ("from documentation only", "仅依据文档")
 NOT_RUN = ("same code, not run", "同一份代码，未运行")
+ON_H200 = ("**tested and measured on an H200** (jax 0.11.2)", "**在 H200 上测试并测量**（jax 0.11.2）")
 INTERPRETED = ("interpreted and lowered here, not run on device", "在此处解释执行并降级编译，未在设备上运行")
 SIMULATED = ("simulated, not run on device", "仅在模拟器上运行，未在设备上运行")
 
@@ -55,8 +56,7 @@ SUPPORT = (
     (ASCEND_910, "2.2-2.6", "3.7-3.9", "7.0.RC1-8.1.RC1", "`portable`", NOT_RUN),
     ("NVIDIA GPU", ("a GPU build", "GPU 版本"), ("as MindSpore", "同 MindSpore"), "-", "`portable`", NOT_RUN),
     (("NVIDIA GPU, Google TPU", "NVIDIA GPU、Google TPU"), "-", "3.10+", "-", "JAX `xla`", NOT_RUN),
-    ("NVIDIA GPU", "-", "3.10+", "-", "JAX `pallas`", INTERPRETED),
-    ("NVIDIA GPU", "-", "3.10+", "-", "JAX `cudnn`", ("mapping tested, not run", "映射已测试，未运行")),
+    ("NVIDIA GPU", "-", "3.10+", "-", ("JAX `cudnn`, `pallas`", "JAX `cudnn`、`pallas`"), ON_H200),
     ("Google TPU", "-", "3.10+", "-", "JAX `splash`", INTERPRETED),
     (("other CPUs (Arm; macOS, Windows)", "其他 CPU（Arm；macOS、Windows）"),
      ("where it has a wheel", "有 wheel 时"), "3.10+", "-",

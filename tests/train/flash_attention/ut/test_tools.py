@@ -744,3 +744,17 @@ def test_mindspore_candidates_agree_with_float64(direction):
         pool.close()
     for label in labels:
         assert max(found[label]["error"].values()) < 1e-5, found[label]
+
+
+def test_class_of_the_gpu(monkeypatch):
+    """What the results of `bench gpu` are named after."""
+
+    def absent(command):
+        raise FileNotFoundError(command[0])
+
+    for told, want in ((b"NVIDIA H200\n", "H200"), (b"NVIDIA A100-SXM4-80GB\nNVIDIA T4\n", "A100-SXM4-80GB")):
+        monkeypatch.setattr(machine.subprocess, "check_output", lambda command, told=told: told)
+        assert machine.gpu_class() == want
+    monkeypatch.setattr(machine.subprocess, "check_output", absent)
+    assert machine.gpu_class() == "none"
+    assert registry.load()["gpu"].place is machine.gpu_class and registry.load()["peers"].place is machine.cpu_class

@@ -63,7 +63,7 @@ class Attention(SeededCell):
             self.attend = _mechanism(made, engine)
         else:
             self.attend = Fused(made, engine) if made.path.name == FUSED else Formed(made)
-        self.form = self.attend if made.path.name != FUSED else Formed(made)
+        self.form = Formed(made, with_weights=True)
 
     def _make_projections(self, made, dtype):
         self.shared_kv, self.on_attn, self.gates = made.shared_kv, made.on_attn, made.gate_values
