@@ -77,6 +77,11 @@ def results(model, logits_of, loss_of, batches, learning_rate=1e-3):
     return found
 
 
+def first_steps(found, count):
+    """`results` as they were with so many batches (at least 2)."""
+    return dict(found, steps=found["steps"][:count])
+
+
 def mindformers_results(model, shown, steps):
     """`results` of a model of mindformers, whose training takes one token more than its forward; of what is ``shown``.
 
