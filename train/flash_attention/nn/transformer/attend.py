@@ -108,11 +108,11 @@ class _Tiles(nn.Cell):
             rows = query[:, :, first:last]
             if outs:  # one after the other, else a graph holds all tiles at once
                 rows = _depend(rows, outs[-1])
-            found = self.weights(rows, key, mask, bias, slopes, pre, seed, first, query.shape[2])
-            kept = found[1] if found[2] is None else found[1] * found[2]
+            _, w, factors = self.weights(rows, key, mask, bias, slopes, pre, seed, first, query.shape[2])
+            kept = w if factors is None else w * factors
             outs = outs + (self.of_values(kept if post is None else _mixed(post, kept), value),)
             if self.with_weights:
-                weights = weights + (found[1],)
+                weights = weights + (w,)
         return (_joined(outs), _joined(weights)) if self.with_weights else _joined(outs)
 
     def bprop(self, query, key, value, mask, bias, slopes, pre, post, seed, out, d_out):
@@ -152,8 +152,7 @@ class _Tiles(nn.Cell):
             _joined(d_query), d_key, d_value, _zeros(mask),
             None if bias is None else _joined(d_biases),
             None if slopes is None else d_slopes.reshape(slopes.shape),
-            None if pre is None else d_pre, None if post is None else d_post,
-            _zeros(seed),
+            d_pre, d_post, _zeros(seed),
         )  # fmt: skip
 
     def weights(self, rows, key, mask, bias, slopes, pre, seed, first, length):
