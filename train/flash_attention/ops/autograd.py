@@ -6,12 +6,13 @@ MindSpore takes a custom gradient only from ``Cell.bprop``. A plain function get
 Cell that was built once for its spec: the graph compiler accepts a Cell as a constant, and PyNative just calls it.
 """
 
-from mindspore import nn, ops
+from mindspore import ops
 
 from flash_attention.core.spec import Operands
+from flash_attention.ops.precision import OwnPrecision
 
 
-class AttentionCell(nn.Cell):
+class AttentionCell(OwnPrecision):
     """One spec's attention: ``cell(query, key, value, *operands) -> (out, lse)``.
 
     The operands are the first ten of :class:`~flash_attention.core.spec.Operands`, in order, None where absent. Owns no
@@ -24,7 +25,7 @@ class AttentionCell(nn.Cell):
     """
 
     def __init__(self, forward, backward):
-        super().__init__(auto_prefix=False)
+        super().__init__()
         self.forward = forward
         self.backward = backward
 

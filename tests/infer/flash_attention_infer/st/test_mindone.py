@@ -3,19 +3,24 @@
 bash build.sh test integration -k mindone
 """
 
+import functools
+
 import numpy as np
 import pytest
 import support.mindone_on_cpu  # noqa: F401  (gives the CPU the operators that the library asks for)
 import transformers
+from mindone.transformers.models.bloom.modeling_bloom import BloomForCausalLM
+from mindone.transformers.models.falcon.modeling_falcon import FalconForCausalLM
 from mindone.transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 from mindone.transformers.models.llama.modeling_llama import LlamaForCausalLM
 from mindone.transformers.models.mistral.modeling_mistral import MistralForCausalLM
+from mindone.transformers.models.mpt.modeling_mpt import MptForCausalLM
 from mindone.transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 from mindspore import Tensor
-from support.libraries import VOCABULARY, set_weights, tokens
+from support.libraries import VOCABULARY, assert_chosen, set_weights, tokens
 
 from flash_attention.core.errors import UnsupportedError
-from flash_attention.core.sampling import Sampling, sample
+from flash_attention.integrations import mindone
 from flash_attention_infer.integrations.mindone import CachedModel
 from flash_attention_infer.nn import KVCache, Scheduler, generate
 
@@ -23,12 +28,19 @@ pytestmark = [pytest.mark.integration, pytest.mark.level1, pytest.mark.platform_
 LAYERS, KV_HEADS, HEAD_DIM, NEW = 2, 2, 8, 6
 _SIZES = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=KV_HEADS,
-    max_position_embeddings=64, vocab_size=VOCABULARY, use_cache=False,
+    max_position_embeddings=64,
 )  # fmt: skip
+_FALCON = dict(hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4)
 MODELS = {
-    "llama": (LlamaForCausalLM, transformers.LlamaConfig),
-    "mistral": (MistralForCausalLM, transformers.MistralConfig),
-    "qwen2": (Qwen2ForCausalLM, transformers.Qwen2Config),
+    "llama": (LlamaForCausalLM, transformers.LlamaConfig, _SIZES),
+    "mistral": (MistralForCausalLM, transformers.MistralConfig, _SIZES),
+    "qwen2": (Qwen2ForCausalLM, transformers.Qwen2Config, _SIZES),
+    "gpt2": (GPT2LMHeadModel, transformers.GPT2Config, dict(n_embd=32, n_layer=LAYERS, n_head=4, n_positions=64)),
+    "falcon": (FalconForCausalLM, transformers.FalconConfig, dict(_FALCON, multi_query=True)),
+    "falcon alibi": (FalconForCausalLM, transformers.FalconConfig, dict(_FALCON, alibi=True, multi_query=False)),
+    "mpt": (MptForCausalLM, transformers.MptConfig, dict(d_model=32, n_heads=4, n_layers=LAYERS, max_seq_len=64)),
+    "bloom": (BloomForCausalLM, transformers.BloomConfig, dict(hidden_size=32, n_layer=LAYERS, n_head=4)),
+    "bloom, 6 heads": (BloomForCausalLM, transformers.BloomConfig, dict(hidden_size=48, n_layer=LAYERS, n_head=6)),
 }
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (11, 3, 6)]
 CACHES = {
@@ -37,11 +49,11 @@ CACHES = {
 }
 
 
-def build(which):
-    """The model with fixed weights and the library's own attention."""
-    model_class, config_class = MODELS[which]
-    config = config_class(**_SIZES)
-    config._attn_implementation = "eager"
+def build(which, attention="eager"):
+    """The model with fixed weights, by default with the library's own attention."""
+    model_class, config_class, sizes = MODELS[which]
+    config = config_class(**sizes, vocab_size=VOCABULARY, use_cache=False)
+    config._attn_implementation = attention
     model = model_class(config)
     set_weights(model)
     return model.set_train(False)
@@ -56,14 +68,9 @@ def whole(model, rows):
 
 
 def assert_the_librarys(model, got, **options):
-    """Every new token is what numpy chooses from the library's logits after all tokens before it: those logits."""
-    logits = whole(model, [prompt + new for prompt, new in zip(PROMPTS, got)])
-    for row, (prompt, new) in enumerate(zip(PROMPTS, got)):
-        assert len(new) == NEW
-        before = logits[row, len(prompt) - 1 : len(prompt) - 1 + NEW]
-        seeds, numbers = np.full(NEW, row, np.uint32), np.arange(NEW, dtype=np.uint32)
-        assert sample(np, before, seeds, numbers, Sampling(**options)).tolist() == new
-    return logits
+    """The new tokens are chosen from the library's logits: those logits."""
+    assert [len(new) for new in got] == [NEW] * len(PROMPTS)
+    return assert_chosen(functools.partial(whole, model), PROMPTS, got, **options)
 
 
 @pytest.mark.parametrize("which, kind", [
@@ -75,6 +82,20 @@ def test_greedy_tokens_are_the_librarys(which, kind):
     with CachedModel(model, cache) as forward:
         got = generate(forward, cache, PROMPTS, NEW, chunk=8, temperature=0.0)
     assert_the_librarys(model, got, temperature=0.0)
+    assert len({tuple(row) for row in got}) == len(PROMPTS) and cache.table.live == ()
+
+
+@pytest.mark.parametrize(
+    "which, kv_heads", [("gpt2", 4), ("falcon", 1), ("mpt", 4), ("bloom", 4), ("bloom, 6 heads", 6)]
+)
+def test_models_with_attention_classes(which, kv_heads):
+    """GPT-2, Falcon, MPT and BLOOM (ALiBi), built with our attention: the tokens of the library's own."""
+    cache = KVCache.paged(LAYERS, 24, kv_heads, HEAD_DIM, block_size=4)
+    with mindone.enable("flash_910"):
+        model = build(which, "flash_910")
+        with CachedModel(model, cache) as forward:
+            got = generate(forward, cache, PROMPTS, NEW, chunk=8, temperature=0.0)
+    assert_the_librarys(build(which), got, temperature=0.0)
     assert len({tuple(row) for row in got}) == len(PROMPTS) and cache.table.live == ()
 
 
@@ -130,8 +151,12 @@ def test_refuses():
     with CachedModel(model, CACHES["paged"]()):
         with pytest.raises(UnsupportedError, match="Leave the 'with' block of the first"):
             CachedModel(model, CACHES["paged"]()).__enter__()
-    gpt2 = GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=LAYERS, n_head=4, vocab_size=VOCABULARY))
     cache = KVCache.paged(LAYERS, 24, 4, HEAD_DIM, block_size=4)
-    with CachedModel(gpt2, cache) as forward:
-        with pytest.raises(UnsupportedError, match="'attention' must be taken from the library's registry by each"):
+    with CachedModel(build("gpt2"), cache) as forward:
+        with pytest.raises(UnsupportedError, match="but got another one in 2 of 2. Build the model after its enable"):
+            generate(forward, cache, PROMPTS[:1], 2)
+    with mindone.enable("flash_910"), CachedModel(build("falcon alibi", "flash_910"), cache) as forward:
+        with pytest.raises(
+            UnsupportedError, match="'model' must be one with rotary positions, but got a Falcon with AL"
+        ):
             generate(forward, cache, PROMPTS[:1], 2)

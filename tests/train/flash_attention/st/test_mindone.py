@@ -102,8 +102,11 @@ def run(which, attention, padded=True, half=False, steps=STEPS, mask=None, **cha
     return found
 
 
-HALF = {"half": True, "steps": 1, "padded": False}
-"""float16: without a padding mask, with which the library's own attention gives NaN there."""
+def in_half(which):
+    """Options of a float16 run; GPT-2 without a padding mask, with which the library's own attention gives NaN."""
+    return {"half": True, "steps": 1, "padded": not which.startswith("gpt2")}
+
+
 own = once_a_mode(functools.partial(run, attention="eager"))
 
 
@@ -168,30 +171,21 @@ def test_the_comparison_sees_the_scale(which, half_scale):
         assert_differs(run(which, NAME, steps=1), own(which, steps=1))
 
 
-NOT_IN_HALF = pytest.mark.xfail(
-    reason="open: NaN in float16, where the library's own attention is finite", strict=False
-)
-in_half = pytest.mark.parametrize(
-    "which",
-    [pytest.param(x, marks=NOT_IN_HALF) if x.startswith(("qwen2", "mpt", "bloom")) else x for x in MODELS],
-)
-
-
 @every_engine
-@in_half
+@every_model
 def test_half_precision(which, engine):
     """float16, by the table of tolerances."""
     with integration.enable(NAME, engine):
-        found = run(which, NAME, **HALF)
-    assert_close_in_half(found, own(which, **HALF), own(which, padded=False, steps=1))
+        found = run(which, NAME, **in_half(which))
+    assert_close_in_half(found, own(which, **in_half(which)), own(which, **dict(in_half(which), half=False)))
 
 
 @every_model
 def test_the_half_precision_comparison_sees_the_scale(which, half_scale):
     with integration.enable(NAME):
-        found = run(which, NAME, **HALF)
+        found = run(which, NAME, **in_half(which))
     with pytest.raises(AssertionError, match="allowed"):
-        assert_close_in_half(found, own(which, **HALF), own(which, padded=False, steps=1))
+        assert_close_in_half(found, own(which, **in_half(which)), own(which, **dict(in_half(which), half=False)))
 
 
 @every_engine

@@ -4,7 +4,7 @@ import functools
 from dataclasses import replace
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 from mindspore.ops.primitive import constexpr
 
@@ -15,6 +15,7 @@ from flash_attention.core.validation import check_window
 from flash_attention.nn.flexible.registry import Mechanism, MechanismRegistry
 from flash_attention.ops.functional import computable, keep
 from flash_attention.ops.portable.dropout import KeepFactors
+from flash_attention.ops.precision import OwnPrecision
 
 _HIDDEN = -1e30  # exp() of it is exactly 0, and it breeds no NaN
 
@@ -59,11 +60,11 @@ def _build(query, key, static):
     )  # fmt: skip
 
 
-class _Formula(nn.Cell):
+class _Formula(OwnPrecision):
     """The formula of one spec on BTND tensors; band and distances are constants."""
 
     def __init__(self, spec):
-        super().__init__(auto_prefix=False)
+        super().__init__()
         position, index = np.arange(spec.q_len)[:, None] + spec.offset, np.arange(spec.kv_len)[None, :]
         seen = np.broadcast_to(visible(spec.band, position, index), (spec.q_len, spec.kv_len))
         self.band = Tensor(np.ascontiguousarray(seen[None, None]))

@@ -6,7 +6,7 @@ again and adds up the head's gradient chunk by chunk. PyNative does the same.
 
 import functools
 
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 from mindspore.ops import operations as P
 from mindspore.ops.primitive import constexpr
@@ -16,6 +16,7 @@ from flash_attention.core.validation import check_bool, check_int
 from flash_attention.nn.layer.blockwise import over_chunks
 from flash_attention.nn.layer.projection import Projection
 from flash_attention.ops.functional import computable
+from flash_attention.ops.precision import OwnPrecision
 
 HEAD = "Blockwise_LM_Head"
 _depend = P.Depend()
@@ -169,11 +170,11 @@ def _labelled(tokens, valid, chunk_size, reduction):
     return labels, ops.concat(weights, 0) / len(weights)
 
 
-class _Losses(nn.Cell):
+class _Losses(OwnPrecision):
     """``(logits (T, V), labels (T,), weights (T,)) -> (loss, accuracy)``: weighted sums, chunk by chunk."""
 
     def __init__(self, size):
-        super().__init__(auto_prefix=False)
+        super().__init__()
         self.size = size
 
     def construct(self, logits, labels, weights):
@@ -195,11 +196,11 @@ class _Losses(nn.Cell):
         return (grads[0] if len(grads) == 1 else _join(grads)), _zeros_like(labels), _zeros_like(weights)
 
 
-class _FusedLosses(nn.Cell):
+class _FusedLosses(OwnPrecision):
     """``(hidden (T, E), weight (V, E), bias (V,), labels, weights) -> (loss, accuracy)``."""
 
     def __init__(self, size):
-        super().__init__(auto_prefix=False)
+        super().__init__()
         self.size = size
 
     def construct(self, hidden, weight, bias, labels, weights):

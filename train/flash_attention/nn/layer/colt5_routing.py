@@ -1,7 +1,9 @@
 """CoLT5's router in MindSpore: soft top-k by coordinate descent, and the choice of the tokens of the heavy branch."""
 
+import functools
+
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, ops
 from mindspore import dtype as mstype
 from mindspore.ops import operations as P
 from mindspore.ops.primitive import constexpr
@@ -11,6 +13,7 @@ from flash_attention.nn.layer.projection import normal
 from flash_attention.nn.layer.top_k import top_k
 from flash_attention.ops.functional import check_not_additive, computable, counted
 from flash_attention.ops.host import is_eager
+from flash_attention.ops.precision import OwnPrecision
 
 ROUTER = "CoordinateDescentRouter"
 _gather = P.GatherD()
@@ -32,33 +35,48 @@ def coor_descent(s, n_iters, k, eps=0.1, eps_init=None, eps_decay=1.0, mask=None
     Returns:
         Tensor (..., n), float32, non-decreasing in ``s``.
     """
-    schedule, final, log_k = _schedule(
-        s.shape, None if mask is None else mask.shape, n_iters, k, eps, eps_init, eps_decay
-    )
-    s = s.astype(mstype.float32)
-    kept = ops.ones_like(s) if mask is None else (mask.astype(mstype.float32) > 0).astype(mstype.float32)
-    s = s * kept
-    hidden = (1.0 - kept) * _lowest
-    a, b = 0.0, -s
-    for current in schedule:
-        scaled = (s + b) / current
-        peak = ops.stop_gradient(ops.maximum((scaled + hidden).max(-1, keepdims=True), Tensor(-1e30, mstype.float32)))
-        total = (ops.exp((scaled - peak) * kept) * kept).sum(-1, keepdims=True)
-        total = ops.maximum(total, Tensor(1e-30, mstype.float32))  # nothing is kept: whatever a is, the result is 0
-        a = current * (log_k - peak - ops.log(total))
-        b = -ops.relu(s + a)
-    return ops.exp((s + a + b) * kept / final) * kept
+    descent = _descent(s.shape, None if mask is None else mask.shape, n_iters, k, eps, eps_init, eps_decay)
+    return descent(s, mask)
 
 
 @constexpr
-def _schedule(shape, mask, n_iters, k, eps, eps_init, eps_decay):
+def _descent(shape, mask, n_iters, k, eps, eps_init, eps_decay):
     shared.check_descent("coor_descent", n_iters, k, eps, eps_init, eps_decay)
     shared.check_descent_shapes("coor_descent", shape, mask)
     schedule, final = shared.epsilons(n_iters, eps, eps_init, eps_decay)
-    return tuple(schedule), final, float(np.log(k))
+    return _build(tuple(schedule), final, float(np.log(k)))
 
 
-class CoordinateDescentRouter(nn.Cell):
+@functools.lru_cache(maxsize=64)
+def _build(schedule, final, log_k):
+    return _Descent(schedule, final, log_k)
+
+
+class _Descent(OwnPrecision):
+    """The iterations, float32."""
+
+    def __init__(self, schedule, final, log_k):
+        super().__init__()
+        self.schedule, self.final, self.log_k = schedule, final, log_k
+        self.peak, self.total = Tensor(-1e30, mstype.float32), Tensor(1e-30, mstype.float32)
+
+    def construct(self, s, mask):
+        s = s.astype(mstype.float32)
+        kept = ops.ones_like(s) if mask is None else (mask.astype(mstype.float32) > 0).astype(mstype.float32)
+        s = s * kept
+        hidden = (1.0 - kept) * _lowest
+        a, b = 0.0, -s
+        for current in self.schedule:
+            scaled = (s + b) / current
+            peak = ops.stop_gradient(ops.maximum((scaled + hidden).max(-1, keepdims=True), self.peak))
+            total = (ops.exp((scaled - peak) * kept) * kept).sum(-1, keepdims=True)
+            total = ops.maximum(total, self.total)  # nothing is kept: whatever a is, the result is 0
+            a = current * (self.log_k - peak - ops.log(total))
+            b = -ops.relu(s + a)
+        return ops.exp((s + a + b) * kept / self.final) * kept
+
+
+class CoordinateDescentRouter(OwnPrecision):
     r"""Chooses the tokens with the largest products with a learned vector; its gates carry the gradient to that vector.
 
     Args:
@@ -84,7 +102,7 @@ class CoordinateDescentRouter(nn.Cell):
         self, dim, straight_through=True, n_iters=20, fetch_k_ratio=9 / 8, eps=0.03, eps_decay=0.7, eps_init=4.0,
         num_routing_tokens=1
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(auto_prefix=True)
         shared.check_router(
             ROUTER, dim, straight_through, n_iters, fetch_k_ratio, eps, eps_decay, eps_init, num_routing_tokens
         )

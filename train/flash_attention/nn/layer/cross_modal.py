@@ -58,6 +58,7 @@ class CrossModalAttention(SeededCell):
         mask = self.mask(attn_mask, key_padding_mask, x.shape, context.shape[1])
         if self.add_bias_kv:
             key, value = _append(key, self.bias_k), _append(value, self.bias_v)
+            key, value = key.astype(query.dtype), value.astype(query.dtype)  # a model's to_float narrows what is joined
         seed, rate = None, 0.0
         if self.training and self.dropout_rate > 0:
             seed, rate = self.next_seed(ops.expand_dims(query, 0)), self.dropout_rate

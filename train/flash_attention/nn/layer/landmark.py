@@ -18,6 +18,7 @@ from flash_attention.nn.layer.landmark_retrieval import Retrieval
 from flash_attention.nn.layer.landmark_tiles import AllPairs
 from flash_attention.ops.functional import computable, flash_attention, info
 from flash_attention.ops.host import is_eager
+from flash_attention.ops.precision import OwnPrecision
 
 LAYER = "fused_landmark_attention"
 
@@ -155,11 +156,11 @@ class _Causal(nn.Cell):
         return flash_attention(q, k, v, is_causal=True, scale=self.scale, layout="BNSD")
 
 
-class _InFloat32(nn.Cell):
+class _InFloat32(OwnPrecision):
     """``cell`` on float32 copies of the tensors: softmax and sums are not for 16 bits."""
 
     def __init__(self, cell):
-        super().__init__(auto_prefix=False)
+        super().__init__()
         self.cell = cell
 
     def construct(self, q, k, v, mem):

@@ -3,8 +3,12 @@
 import itertools
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
+from mindspore.ops.primitive import constexpr
+
+from flash_attention.ops.precision import OwnPrecision
 
 _GOLDEN = 0x9E3779B9  # consecutive steps give seeds far apart
 _MIX = 0x85EBCA6B  # odd, so that Cells and global seeds are spread likewise
@@ -33,10 +37,28 @@ class SeededCell(nn.Cell):
         return step * _signed(_GOLDEN) + self.salt
 
 
-def seed_from(query):
+class _SeedFrom(OwnPrecision):
     """A seed without a state, int32: another training step has another query, and a recomputed layer the very same."""
-    turns = query[0, 0, -1].astype(mstype.float32).sum() * 12345.678
-    return ((turns - ops.floor(turns)) * 2.0**24).astype(mstype.int32)
+
+    def construct(self, query):
+        row = query[0, 0, -1].astype(mstype.float32)
+        peak = ops.maximum(ops.abs(row).max(), _tiny())
+        direction = (row / peak * _weights(row.shape[0])).sum()  # within two times the head size
+        return ((direction + ops.log(peak)) * 2.0**20).astype(mstype.int32)
+
+
+seed_from = _SeedFrom()
+
+
+@constexpr
+def _weights(count):
+    """Distinct factors in [1, 2)."""
+    return Tensor((1.0 + np.arange(count) * 0.6180339887 % 1.0).astype(np.float32))
+
+
+@constexpr
+def _tiny():
+    return Tensor(1e-30, mstype.float32)
 
 
 def _signed(value):

@@ -16,6 +16,7 @@ from flash_attention.core.transformer.attention import MEMORY_SALT, QUERY_TILE
 from flash_attention.ops.functional import computable, flash_attention
 from flash_attention.ops.lse import log_sum_exp
 from flash_attention.ops.portable.dropout import KeepFactors
+from flash_attention.ops.precision import OwnPrecision
 
 _HIDDEN = -3e38  # a finite score; hidden places are multiplied by 0 after the exp
 _depend = P.Depend()
@@ -90,14 +91,14 @@ class Formed(nn.Cell):
         return out.swapaxes(1, 2).astype(dtype), weights
 
 
-class _Tiles(nn.Cell):
+class _Tiles(OwnPrecision):
     """Tile after tile, float32, BNSD: outputs, and weights ``with_weights``.
 
     The gradient is written out: MindSpore's own would keep every tile's scores, a dozen times over.
     """
 
     def __init__(self, options, with_weights):
-        super().__init__(auto_prefix=False)
+        super().__init__()
         self.with_weights, self.rate, self.learned = with_weights, options.dropout, options.num_mem_kv
         self.scale, self.causal, self.past = options.scale, options.causal, options.max_attend_past
         self.kv_heads, self.top, self.top_k = options.key_heads, options.sparse_topk, P.TopK(sorted=True)
@@ -220,7 +221,7 @@ class _Tiles(nn.Cell):
 
 
 def _tensor(x):
-    return None if x is None else _wide(x) + 0.0
+    return None if x is None else _wide(x + 0.0)
 
 
 def _mixed(matrix, s):

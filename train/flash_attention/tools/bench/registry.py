@@ -36,6 +36,15 @@ class Entry(NamedTuple):
         return {"case": self.case.to_json(), "direction": direction, "candidate": self.candidate}
 
 
+def beside(case, ours, peers):
+    """Entries of our engines and of what jax.nn offers, in one process, and of every other library, in its own."""
+    in_jax = tuple(ours) + tuple(name for name in peers if name.startswith("jax.nn"))
+    others = [name for name in peers if name not in in_jax]
+    return tuple(
+        [Entry(name, "jax", name, case) for name in in_jax] + [Entry(name, name, name, case) for name in others]
+    )
+
+
 class Job(NamedTuple):
     """Entries that are compared with one another.
 

@@ -10,10 +10,10 @@ from flash_attention.tools.bench.cases import BYTES, Case
 from flash_attention.tools.bench.registry import (
     DIRECTIONS,
     Benchmark,
-    Entry,
     Job,
     at_least,
     at_most,
+    beside,
     quotient,
     register,
     said,
@@ -40,23 +40,17 @@ _DECODE = Case(32, 32, 1, 128, dtype="bfloat16", kv_heads=8, kv_len=32768)
 PEERS = ("jax.nn", "jax.nn cudnn", "tokamax", "ejkernel")
 
 
-def _entries(case, ours, peers):
-    """Ours and jax.nn in one process, every other library in its own."""
-    own = [Entry(name, "jax", name, case) for name in ours + tuple(x for x in peers if x.startswith("jax.nn"))]
-    return tuple(own + [Entry(name, name, name, case) for name in peers if not name.startswith("jax.nn")])
-
-
 def _jobs():
     jobs = []
     for key, case in _DENSE.items():
-        compared = _entries(case, (OURS, "auto", "cudnn"), ("tokamax", "torch"))
+        compared = beside(case, (OURS, "auto", "cudnn"), ("tokamax", "torch"))
         jobs += [Job(key, way, compared, base="cudnn") for way in DIRECTIONS]
     for key, case in _PLANS.items():
-        jobs += [Job(key, way, _entries(case, (OURS,), PEERS), base=OURS) for way in DIRECTIONS]
-    jobs += [Job(_PLAIN_OF_PLANS, way, _entries(_FEWER_CAUSAL, (OURS,), ()), base=OURS) for way in DIRECTIONS]
+        jobs += [Job(key, way, beside(case, (OURS,), PEERS), base=OURS) for way in DIRECTIONS]
+    jobs += [Job(_PLAIN_OF_PLANS, way, beside(_FEWER_CAUSAL, (OURS,), ()), base=OURS) for way in DIRECTIONS]
     for key, case in (("float32", _FLOAT32), ("short", _SHORT)):
-        jobs += [Job(key, way, _entries(case, ("auto", OURS, "xla"), ("jax.nn",)), base="auto") for way in DIRECTIONS]
-    return jobs + [Job("decode", "fwd", _entries(_DECODE, (OURS,), ("jax.nn", "torch")), base=OURS)]
+        jobs += [Job(key, way, beside(case, ("auto", OURS, "xla"), ("jax.nn",)), base="auto") for way in DIRECTIONS]
+    return jobs + [Job("decode", "fwd", beside(_DECODE, (OURS,), ("jax.nn", "torch")), base=OURS)]
 
 
 def _figures(results, found):

@@ -1,7 +1,7 @@
 """Benchmark beside what a JAX user would pick: jax.nn, tokamax, ringattention, ejkernel, where they are installed."""
 
 from flash_attention.tools.bench.cases import Case
-from flash_attention.tools.bench.registry import DIRECTIONS, Benchmark, Entry, Job, register, said
+from flash_attention.tools.bench.registry import DIRECTIONS, Benchmark, Job, beside, register, said
 from flash_attention.tools.machine import installed
 
 OURS = "xla"
@@ -11,18 +11,16 @@ _CASES = {
     "S2048 D64": Case(1, 8, 2048, 64),
     "S2048 D64 causal": Case(1, 8, 2048, 64, causal=True),
     "S4096 D128 causal": Case(1, 8, 4096, 128, causal=True),
-    "window 1024 S16384": Case(1, 2, 16384, 64, window=(1024, 1024)),
+    "window 1024 S8192": Case(1, 1, 8192, 64, window=(1024, 1024)),
 }
 
 
-def entries(case, ours):
-    """Ours, jax.nn in our process, and each peer in its own."""
-    found = [Entry(name, "jax", name, case) for name in tuple(ours) + ("jax.nn",)]
-    return tuple(found + [Entry(name, name, name, case) for name in PEERS])
-
-
 def _jobs():
-    return [Job(key, way, entries(case, (OURS,)), base=OURS) for key, case in _CASES.items() for way in DIRECTIONS]
+    return [
+        Job(key, way, beside(case, (OURS,), ("jax.nn",) + PEERS), base=OURS)
+        for key, case in _CASES.items()
+        for way in DIRECTIONS
+    ]
 
 
 def _figures(results, machine):
