@@ -120,4 +120,6 @@ def test_models_built_before_or_after_keep_theirs():
 
 def test_the_page_of_the_documentation():
     """The blocks of docs/en/model-libraries.md that need this library print what stands below them."""
-    libraries.assert_page_prints("mindformers")
+    libraries.assert_page_prints(
+        "mindformers", prepare="import mindformers"
+    )  # its log goes to the stdout of that moment
