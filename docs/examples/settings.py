@@ -11,8 +11,24 @@ import numpy as np
 NO_LIMIT = 65536  # what FlashAttention takes as "no window"
 
 
+class Schedule:
+    """What settings with ``steps``, ``warm_up`` and ``learning_rate`` give an optimizer."""
+
+    def learning_rates(self):
+        """Learning rate of each step: linear warm-up, then half a cosine down to a tenth."""
+        rates = []
+        for step in range(self.steps):
+            if step < self.warm_up:
+                share = (step + 1) / self.warm_up
+            else:
+                done = (step - self.warm_up) / max(self.steps - self.warm_up, 1)
+                share = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+            rates.append(self.learning_rate * share)
+        return rates
+
+
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Schedule):
     """The model that `bash build.sh demo` trains: 7 million weights, bytes as tokens."""
 
     vocabulary: int = 256
@@ -40,18 +56,6 @@ class Settings:
     def prev_block_num(self, layer):
         """The window of a layer in blocks: narrow in layers 0, 2, ..., the whole past in layers 1, 3, ..."""
         return self.prev_blocks if layer % 2 == 0 else NO_LIMIT
-
-    def learning_rates(self):
-        """Learning rate of each step: linear warm-up, then half a cosine down to a tenth."""
-        rates = []
-        for step in range(self.steps):
-            if step < self.warm_up:
-                share = (step + 1) / self.warm_up
-            else:
-                done = (step - self.warm_up) / max(self.steps - self.warm_up, 1)
-                share = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-            rates.append(self.learning_rate * share)
-        return rates
 
 
 def tiny(**changes):
