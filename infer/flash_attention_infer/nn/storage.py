@@ -13,8 +13,12 @@ from mindspore import dtype as mstype
 from mindspore.ops import operations as P
 from mindspore.ops.primitive import constexpr
 
+from flash_attention.core.errors import invalid_value
 from flash_attention.ops.functional import on_cpu
 from flash_attention_infer.core.quantize import LARGEST
+
+LARGEST_ON_CPU = 2**31 - 1
+"""Bytes that MindSpore's scatter on the CPU, which copies the whole pool, can copy."""
 
 
 def held_dtype(name):
@@ -34,17 +38,26 @@ class LayerCache(nn.Cell):
     Args:
         config (CacheConfig): sizes and dtype.
         name (str): prefix of the Parameters' names.
+
+    Raises:
+        ValueError: on a CPU, a pool larger than MindSpore can write to there.
     """
 
     def __init__(self, config, name="cache"):
         super().__init__(auto_prefix=False)
         extra = 1 if config.block_size > 1 else 2
         shape = (config.num_blocks + extra, config.block_size, config.kv_heads, config.head_dim)
+        dtype = held_dtype(config.dtype)
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(str(dtype).lower()).itemsize
+        if on_cpu() and size > LARGEST_ON_CPU:
+            need = "small enough for pools of 2 GiB, the most that MindSpore can write to on a CPU"
+            got = "a pool of {:.2f} GiB ({} blocks of {} tokens)".format(size / 2**30, shape[0], shape[1])
+            raise invalid_value("KVCache", "num_blocks", need, got, "Take fewer blocks, or dtype 'float16' or 'int8'.")
         self.block_size, self.scratch = config.block_size, config.num_blocks * config.block_size
         self.zero = self.scratch + 1
         self.rounded, self.quantized = getattr(mstype, config.dtype), config.quantized
-        self.key = _parameter(shape, held_dtype(config.dtype), name + ".key")
-        self.value = _parameter(shape, held_dtype(config.dtype), name + ".value")
+        self.key = _parameter(shape, dtype, name + ".key")
+        self.value = _parameter(shape, dtype, name + ".value")
         if self.quantized:
             self.key_scale = _parameter(shape[:2], mstype.float32, name + ".key_scale")
             self.value_scale = _parameter(shape[:2], mstype.float32, name + ".value_scale")

@@ -17,7 +17,7 @@ _FLAGS = ("fp16", "fp32", "bf16")
 
 
 class OwnPrecision(nn.Cell):
-    """A Cell to which no ``to_float`` comes, neither its own nor that of the Cells around it.
+    """A Cell to which no ``to_float`` comes, neither its own nor that of the Cells around it; nor to those inside.
 
     Args:
         auto_prefix (bool): of any Cell: whether names of its parameters, if it owns any, tell where it stands.
@@ -29,4 +29,12 @@ class OwnPrecision(nn.Cell):
 
     def add_flags(self, **flags):
         """As of any Cell, without those of ``to_float``."""
-        return super().add_flags(**{name: flag for name, flag in flags.items() if name not in _FLAGS})
+        return super().add_flags(**_others(flags))
+
+    def add_flags_recursive(self, **flags):
+        """As of any Cell, without those of ``to_float``."""
+        return super().add_flags_recursive(**_others(flags))
+
+
+def _others(flags):
+    return {name: flag for name, flag in flags.items() if name not in _FLAGS}

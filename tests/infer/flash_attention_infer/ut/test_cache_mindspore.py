@@ -46,6 +46,12 @@ def test_half_precision(kind, dtype):
     InMindSpore().check_plan(case, 25, InMindSpore.speculative(25), lookahead=4)
 
 
+def test_pools_that_mindspore_cannot_write_to():
+    """Refused before anything is allocated: its own error comes at the first write and names no remedy."""
+    with pytest.raises(ValueError, match="'num_blocks' must be small enough for pools of 2 GiB, .* Take fewer blocks"):
+        KVCache.paged(1, num_blocks=2**17, kv_heads=8, head_dim=128, block_size=16)
+
+
 @pytest.mark.slow
 def test_64_tokens_after_32k(figure):
     cache = KVCache.paged(1, num_blocks=2052, kv_heads=1, head_dim=64)
