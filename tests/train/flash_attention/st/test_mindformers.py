@@ -120,6 +120,5 @@ def test_models_built_before_or_after_keep_theirs():
 
 def test_the_page_of_the_documentation():
     """The blocks of docs/en/model-libraries.md that need this library print what stands below them."""
-    libraries.assert_page_prints(
-        "mindformers", prepare="import mindformers"
-    )  # its log goes to the stdout of that moment
+    # Imported first, as the library's log goes to the stdout of that moment: not to what a block prints.
+    libraries.assert_page_prints("mindformers", prepare="import mindformers")

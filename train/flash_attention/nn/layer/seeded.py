@@ -40,9 +40,13 @@ class SeededCell(nn.Cell):
 class _SeedFrom(OwnPrecision):
     """A seed without a state, int32: another training step has another query, and a recomputed layer the very same."""
 
+    def __init__(self):
+        super().__init__()
+        self.tiny = Tensor(1e-30, mstype.float32)  # a query of zeros has a direction too
+
     def construct(self, query):
         row = query[0, 0, -1].astype(mstype.float32)
-        peak = ops.maximum(ops.abs(row).max(), _tiny())
+        peak = ops.maximum(ops.abs(row).max(), self.tiny)
         direction = (row / peak * _weights(row.shape[0])).sum()  # within two times the head size
         return ((direction + ops.log(peak)) * 2.0**20).astype(mstype.int32)
 
@@ -54,11 +58,6 @@ seed_from = _SeedFrom()
 def _weights(count):
     """Distinct factors in [1, 2)."""
     return Tensor((1.0 + np.arange(count) * 0.6180339887 % 1.0).astype(np.float32))
-
-
-@constexpr
-def _tiny():
-    return Tensor(1e-30, mstype.float32)
 
 
 def _signed(value):

@@ -36,9 +36,8 @@ def build(case, direction, candidate, arrays):
     if direction != "fwd+bwd":
         raise ValueError("a training step is 'fwd+bwd', but got '{}'".format(direction))
     name, attention = candidate.split()
-    ms.set_context(
-        mode=ms.PYNATIVE_MODE, pynative_synchronize=True
-    )  # on few cores the faster way, for either attention
+    # Synchronous: on few cores the faster way, for either attention.
+    ms.set_context(mode=ms.PYNATIVE_MODE, pynative_synchronize=True)
     model, loss_of = MODELS[name](case, attention)
     model.set_train()
     optimizer = nn.AdamWeightDecay(model.trainable_params(), 1e-4)
