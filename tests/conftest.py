@@ -195,6 +195,15 @@ def mode(request):
     ms.set_context(mode=before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def dispatched_in_line():
+    """PyNative on a CPU dispatches from the test's own thread: beside the kernels' threads, on two cores, another one
+    makes short calls several times as slow."""
+    ms = sys.modules.get("mindspore")  # imported with the test files that need it
+    if ms is not None and ms.get_context("device_target") == "CPU":
+        ms.set_context(pynative_synchronize=True)
+
+
 # --- figures --------------------------------------------------------------------------------------
 FIGURE = "flash_figure"
 

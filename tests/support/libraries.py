@@ -15,7 +15,6 @@ from mindspore import Tensor, nn
 from flash_attention.core.sampling import Sampling, sample
 from tolerances import FORWARD, GRADIENTS, assert_close
 
-ms.set_context(pynative_synchronize=True)  # a third of the time on two cores: no thread dispatches beside the kernels
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 PAGE = os.path.join("docs", "en", "model-libraries.md")
 VOCABULARY, PAD = 96, 0

@@ -44,7 +44,11 @@ class CachedModel:
     def __enter__(self):
         if ms.get_context("mode") != ms.PYNATIVE_MODE:
             raise Reason("mode", "graph mode", "PyNative mode", "Call mindspore.set_context first.").error(self.layer)
-        self.patch(self._patches)
+        try:
+            self.patch(self._patches)
+        except Exception:
+            self._patches.undo()
+            raise
         self.model.set_train(False)
         return self
 

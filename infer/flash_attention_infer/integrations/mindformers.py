@@ -1,12 +1,13 @@
-"""``mindformers``: generation with our caches for its LLaMA.
+"""``mindformers``: generation with our caches for its LLaMA (1.9.0) and BLOOM (1.3.2, the last version that has it).
 
     from flash_attention_infer.integrations.mindformers import CachedModel
     with CachedModel(model, cache) as forward:
         tokens = generate(forward, cache, prompts, max_new_tokens=32)
 
-The library's own cached decoding (``use_past=True``) runs vendor operators, which only Atlas A2 and A3 have. Here the
-model is one for training, with ``use_past=False`` and ``use_flash_attention=True``. While a step runs, each layer's
-flash attention leads to the cache, and the rotary angles are those of the tokens' positions.
+LLaMA's cached decoding (``use_past=True``) runs vendor operators, which only Atlas A2 and A3 have; BLOOM's computes on
+the whole length at every token. Here the model is one for training, with ``use_past=False`` and
+``use_flash_attention=True``. While a step runs, each layer's flash attention leads to the cache; positions (LLaMA's
+rotary angles, BLOOM's ALiBi) follow from the step.
 """
 
 import importlib
@@ -19,63 +20,118 @@ from flash_attention.integrations.patching import check_version
 from flash_attention_infer.integrations import cached
 
 LAYER = "flash_attention_infer.integrations.mindformers"
-TESTED = ("1.9.0",)
 
 
 class CachedModel(cached.CachedModel):
-    """The ``forward`` of ``generate``, ``stream`` and ``Scheduler`` for a LLaMA of the library, in PyNative mode.
+    """The ``forward`` of ``generate``, ``stream`` and ``Scheduler`` for a model of the library, in PyNative mode.
 
     Inside its ``with`` block the model may be run by this object alone; afterwards it has its own attention again.
 
     Args:
-        model (Cell): ``LlamaForCausalLM`` with ``use_flash_attention=True`` and ``use_past=False``.
+        model (Cell): ``LlamaForCausalLM`` or ``BloomLMHeadModel`` with ``use_flash_attention=True`` and
+            ``use_past=False``.
         cache (KVCache): of ``flash_attention_infer.nn``, with the model's layers, key/value heads and head size.
         engine (str): None = the best one here.
-        any_version (bool): also take a version of the library that was not tested.
+        any_version (bool): also take a version of the library that was not tested with the model.
 
     Raises:
         UnsupportedError: the library's version was not tested, or the model asks for what is not served.
-        ValueError: the cache has another number of layers than the model; a position beyond the model's longest.
+        ValueError: the cache has another number of layers than the model; a position beyond LLaMA's longest.
     """
 
     def __init__(self, model, cache, engine=None, any_version=False):
-        check_version(LAYER, importlib.import_module("mindformers"), TESTED, any_version)
-        _check(model)
+        served = _served(model)
+        check_version(LAYER, importlib.import_module("mindformers"), served.tested, any_version)
+        for name in served.whole:
+            if getattr(model.config, name, False):
+                raise Reason(name, "True", "False", "Build the model with {}=False.".format(name)).error(LAYER)
+        if not model.config.use_flash_attention:
+            remedy = "Build the model with use_flash_attention=True."
+            raise Reason("use_flash_attention", "False", "True", remedy).error(LAYER)
         super().__init__(LAYER, model, cache, engine, model.config.num_layers)
-        self._angles = None
+        self._served = served(model)
 
     def patch(self, patches):
-        """The ``construct`` of each layer's flash attention, of the model's angles and of its mask."""
-        llama = self.model.model
-        for layer in llama.layers:
-            patches.set(layer.attention.flash_attention, "construct", self._attention)
-        patches.set(llama.freqs_mgr, "construct", lambda *_, **__: self._angles)
-        patches.set(llama.casual_mask, "construct", lambda *_, **__: None)
+        """The ``construct`` of each layer's flash attention, and of what depends on positions."""
+        self._served.patch(patches, self.attend)
 
     def logits(self, tokens, positions, last):
         """The model's layers and head, without its labels."""
+        return self._served.logits(tokens, positions, last)
+
+
+class _Llama:
+    """``LlamaForCausalLM``: its rotary angles become those of the tokens' positions."""
+
+    tested, whole = ("1.9.0",), ("use_past", "use_ring_attention")
+
+    def __init__(self, model):
+        self.model, self.angles = model, None
+
+    def patch(self, patches, attend):
+        llama = self.model.model
+        for layer in llama.layers:
+            patches.set(
+                layer.attention.flash_attention, "construct",
+                lambda query, key, value, mask=None: attend(query, key, value).swapaxes(1, 2),
+            )  # fmt: skip
+        patches.set(llama.freqs_mgr, "construct", lambda *_, **__: self.angles)
+        patches.set(llama.casual_mask, "construct", lambda *_, **__: None)
+
+    def logits(self, tokens, positions, last):
         table = self.model.model.freqs_mgr
         if positions.max() >= table.freqs_cos.shape[0]:
             need = "below the model's max_position_embedding, {}".format(table.freqs_cos.shape[0])
             raise invalid_value(LAYER, "positions", need, positions.max())
         shape = (positions.shape[0], 1, positions.shape[1], -1)
         places = Tensor(positions.reshape(-1))
-        self._angles = table.freqs_cos[places].reshape(shape), table.freqs_sin[places].reshape(shape), table.swap_mask
-        hidden = self.model.model(Tensor(tokens))
-        hidden = ops.gather(hidden.reshape((-1, hidden.shape[-1])), last, 0)
+        self.angles = table.freqs_cos[places].reshape(shape), table.freqs_sin[places].reshape(shape), table.swap_mask
+        hidden = _last_of(self.model.model(Tensor(tokens)), last)
         return self.model.lm_head(hidden).astype(mstype.float32)
 
-    def _attention(self, query, key, value, attn_mask=None):
-        return self.attend(query, key, value).swapaxes(1, 2)
+
+class _Bloom:
+    """``BloomLMHeadModel``: its layers, built for one length, take a step's; ALiBi comes from the slopes."""
+
+    tested, whole = ("1.3.2",), ("use_past",)
+
+    def __init__(self, model):
+        self.model = model
+        self.attentions = [layer.attention for layer in model.transformer.blocks]
+
+    def patch(self, patches, attend):
+        bloom = self.model.transformer
+        slopes = bloom.build_alibi_tensor.slopes.reshape((-1,))
+        for attention in self.attentions:
+            for name in ("src_seq_length", "tgt_seq_length"):
+                patches.set(attention, name, getattr(attention, name))  # put back at the end; set in each step
+            patches.set(
+                attention.flash_attention, "construct",
+                lambda query, key, value, mask, alibi: attend(query, key, value, alibi_slopes=slopes).swapaxes(1, 2),
+            )  # fmt: skip
+        one = ops.ones((1, 1, 1), mstype.float32)  # read by nobody, of the fewest elements that the layers accept
+        patches.set(bloom.make_causal_attention, "construct", lambda *_: one)
+        patches.set(bloom.build_alibi_tensor, "construct", lambda *_: one.reshape((1, 1, 1, 1)))
+
+    def logits(self, tokens, positions, last):
+        for attention in self.attentions:
+            attention.src_seq_length = attention.tgt_seq_length = tokens.shape[1]
+        hidden, table = self.model.transformer(Tensor(tokens), None)
+        return self.model.head(_last_of(hidden, last), table).astype(mstype.float32)
 
 
-def _check(model):
-    """Raise unless the model is one that :class:`CachedModel` serves."""
-    library = importlib.import_module("mindformers.models.llama")
-    if not isinstance(model, library.LlamaForCausalLM):
-        need, remedy = "a LlamaForCausalLM", "Other models of the library are not served."
-        raise Reason("model", "a " + type(model).__name__, need, remedy).error(LAYER)
-    for name, needed in (("use_flash_attention", True), ("use_past", False), ("use_ring_attention", False)):
-        if getattr(model.config, name) is not needed:
-            remedy = "Build the model with {}={}.".format(name, needed)
-            raise Reason(name, str(getattr(model.config, name)), str(needed), remedy).error(LAYER)
+def _last_of(hidden, last):
+    """Rows ``last`` of (B * T, H), from hidden states (B, T, H)."""
+    return ops.gather(hidden.reshape((-1, hidden.shape[-1])), last, 0)
+
+
+_SERVED = {"LlamaForCausalLM": _Llama, "BloomLMHeadModel": _Bloom}
+
+
+def _served(model):
+    """How :class:`CachedModel` serves ``model``."""
+    for base in type(model).__mro__:
+        if base.__name__ in _SERVED and base.__module__.startswith("mindformers."):
+            return _SERVED[base.__name__]
+    remedy = "Other models of the library are not served."
+    raise Reason("model", "a " + type(model).__name__, "one of " + ", ".join(_SERVED), remedy).error(LAYER)

@@ -15,10 +15,13 @@ from mindspore.ops.primitive import constexpr
 
 from flash_attention.core.errors import invalid_value
 from flash_attention.ops.functional import on_cpu
+from flash_attention.ops.host import is_eager
 from flash_attention_infer.core.quantize import LARGEST
+from flash_attention_infer.nn import host_memory
+from flash_attention_infer.nn.host_memory import in_host_memory
 
-LARGEST_ON_CPU = 2**31 - 1
-"""Bytes that MindSpore's scatter on the CPU, which copies the whole pool, can copy."""
+LARGEST_SCATTERED = 2**31 - 1
+"""Bytes of a pool that a graph can write to on the CPU: its scatter copies the pool, and cannot copy more."""
 
 
 def held_dtype(name):
@@ -38,9 +41,6 @@ class LayerCache(nn.Cell):
     Args:
         config (CacheConfig): sizes and dtype.
         name (str): prefix of the Parameters' names.
-
-    Raises:
-        ValueError: on a CPU, a pool larger than MindSpore can write to there.
     """
 
     def __init__(self, config, name="cache"):
@@ -48,11 +48,6 @@ class LayerCache(nn.Cell):
         extra = 1 if config.block_size > 1 else 2
         shape = (config.num_blocks + extra, config.block_size, config.kv_heads, config.head_dim)
         dtype = held_dtype(config.dtype)
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(str(dtype).lower()).itemsize
-        if on_cpu() and size > LARGEST_ON_CPU:
-            need = "small enough for pools of 2 GiB, the most that MindSpore can write to on a CPU"
-            got = "a pool of {:.2f} GiB ({} blocks of {} tokens)".format(size / 2**30, shape[0], shape[1])
-            raise invalid_value("KVCache", "num_blocks", need, got, "Take fewer blocks, or dtype 'float16' or 'int8'.")
         self.block_size, self.scratch = config.block_size, config.num_blocks * config.block_size
         self.zero = self.scratch + 1
         self.rounded, self.quantized = getattr(mstype, config.dtype), config.quantized
@@ -82,6 +77,10 @@ class LayerCache(nn.Cell):
 
     def write(self, slots, key, key_scale, value, value_scale):
         """Put encoded tokens (B, T, K, D) at ``slots`` (B, T), in place; slot -1 goes to the place for padding."""
+        if is_eager() and in_host_memory():
+            host_memory.write(self.pools(), slots, (key, value, key_scale, value_scale))
+            return
+        _check_pool(self.key.shape, self.key.dtype)
         slots = ops.reshape(slots, (-1,))
         slots = ops.where(slots < 0, ops.full_like(slots, self.scratch), slots)
         index = ops.stack((slots // self.block_size, slots % self.block_size), 1)
@@ -127,13 +126,22 @@ class LayerCache(nn.Cell):
             (self.key, None), (self.value, None))  # fmt: skip
         found = ()
         for pool, scales in pairs:
-            x = ops.gather(ops.reshape(pool, row), index, 0)
-            scale = None if scales is None else ops.gather(ops.reshape(scales, (-1,)), slots, 0)
+            x = ops.gather(self._rows(pool, row), index, 0)
+            scale = None if scales is None else ops.gather(self._rows(scales, (-1,)), slots, 0)
             found = found + (self.decode(x, scale, dtype),)
         return found
 
+    def _rows(self, pool, shape):
+        """The pool in another shape."""
+        if is_eager() and in_host_memory():
+            return host_memory.view(pool, shape)
+        return ops.reshape(pool, shape)
+
     def copy_blocks(self, pairs):
         """Copy blocks from ``pairs[:, 0]`` to ``pairs[:, 1]``, int32 (c, 2), in place."""
+        if is_eager() and in_host_memory():
+            host_memory.copy_blocks(self.pools(), pairs)
+            return
         for pool in self.pools():
             self.update(pool, pairs[:, 1:], ops.gather(pool, pairs[:, 0], 0))
 
@@ -146,6 +154,17 @@ class LayerCache(nn.Cell):
 def span(first, stop):
     """int32 (1, n): first .. stop - 1."""
     return Tensor(np.arange(first, stop, dtype=np.int32)[None, :])
+
+
+@constexpr(check=False)
+def _check_pool(shape, dtype):
+    """Refuse what MindSpore refuses with an error that names no remedy."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(str(dtype).lower()).itemsize
+    if on_cpu() and size > LARGEST_SCATTERED:
+        need = "small enough for pools of 2 GiB, the most that a graph can write to on a CPU"
+        got = "a pool of {:.2f} GiB ({} blocks of {} tokens)".format(size / 2**30, shape[0], shape[1])
+        remedy = "Take fewer blocks, dtype 'float16' or 'int8', or PyNative mode."
+        raise invalid_value("KVCache", "num_blocks", need, got, remedy)
 
 
 def _parameter(shape, dtype, name):

@@ -8,7 +8,10 @@ from flash_attention_infer.tools.cached import steps
 
 
 def build(case, direction, candidate, arrays):
-    """``(call, results)``, in PyNative mode; a cache has no backward, and draws its own inputs."""
+    """``(call, results)``, in PyNative mode with what the documentation advises for few cores.
+
+    A cache has no backward, and draws its own inputs.
+    """
     del direction, arrays
-    ms.set_context(mode=ms.PYNATIVE_MODE)
+    ms.set_context(mode=ms.PYNATIVE_MODE, pynative_synchronize=True)
     return steps(KVCache, case, candidate, Tensor, lambda out: out.asnumpy())

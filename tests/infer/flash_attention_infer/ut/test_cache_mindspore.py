@@ -1,11 +1,14 @@
 """KV caches in MindSpore: the properties of support/cached.py in both modes."""
 
+import mindspore as ms
+import numpy as np
 import pytest
-from support.cached import ALL, FAST, Case, cases, fast
+from mindspore import Parameter, Tensor, ops
+from support.cached import ALL, FAST, Case, cases, fast, full
 from support.cached_mindspore import InMindSpore
 
 from flash_attention.ops import flash_attention
-from flash_attention_infer.nn import KVCache
+from flash_attention_infer.nn import KVCache, host_memory, storage
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu, pytest.mark.platform_arm_ascend_training]
 
@@ -46,10 +49,54 @@ def test_half_precision(kind, dtype):
     InMindSpore().check_plan(case, 25, InMindSpore.speculative(25), lookahead=4)
 
 
-def test_pools_that_mindspore_cannot_write_to():
-    """Refused before anything is allocated: its own error comes at the first write and names no remedy."""
-    with pytest.raises(ValueError, match="'num_blocks' must be small enough for pools of 2 GiB, .* Take fewer blocks"):
-        KVCache.paged(1, num_blocks=2**17, kv_heads=8, head_dim=128, block_size=16)
+class Scattered(InMindSpore):
+    """PyNative with MindSpore's own operators, as on devices and where ``asnumpy`` copies."""
+
+
+@fast(1)
+def test_scattered(case, monkeypatch):
+    monkeypatch.setattr(storage, "in_host_memory", lambda: False)
+    Scattered().check_plan(case, 15, Scattered.one_by_one(15, first=13))
+
+
+def test_a_sequence_that_changes_modes():
+    """A graph sees what numpy wrote to the pools, and numpy what a graph wrote, copied blocks too."""
+    case, eager, graph = FAST[1], InMindSpore(), InGraph()
+    eager.length = graph.length = 12
+    cache = eager.make(case, 12)
+    parent = cache.add()
+    want = full(np, case, 12)["out"][:1]
+    for n, here in enumerate((eager, graph, graph, eager)):
+        out = here.attend(cache, case, [parent], [3 * n], [3])
+        np.testing.assert_allclose(out, want[:, 3 * n : 3 * n + 3], atol=2e-5)
+        parent = cache.fork(parent)  # the next tokens go to a copy of the shared block
+
+
+@pytest.fixture
+def queued():
+    ms.set_context(pynative_synchronize=False)
+    yield
+    ms.set_context(pynative_synchronize=True)
+
+
+def test_queued_readers_see_the_pool_as_it_was(queued):
+    pool = Parameter(Tensor(np.zeros((64, 64, 64), np.float32)), requires_grad=False)
+    busy = x = Tensor(np.full((512, 512), 1 / 512, np.float32))
+    for _ in range(8):
+        busy = ops.matmul(busy, x)
+    read = ops.gather(host_memory.view(pool, (-1, 64)), Tensor(np.arange(4096, dtype=np.int32)), 0)
+    slots, tokens = np.arange(4096, dtype=np.int32)[None], np.ones((1, 4096, 64), np.float32)
+    host_memory.write([pool], Tensor(slots), [Tensor(tokens)])
+    assert not read.asnumpy().any() and pool.asnumpy().all()
+
+
+def test_pools_that_a_graph_cannot_write_to(monkeypatch):
+    monkeypatch.setattr(storage, "LARGEST_SCATTERED", 2**10)
+    case, graph = FAST[0], InGraph()
+    graph.length = 12
+    cache = graph.make(case, 12)
+    with pytest.raises(ValueError, match="'num_blocks' must be small enough for pools of 2 GiB.*, or PyNative mode"):
+        graph.attend(cache, case, cache.add(2), [0, 0], [3, 3])
 
 
 @pytest.mark.slow

@@ -77,18 +77,13 @@ def tensors(spec):
 
 
 @pytest.fixture(autouse=True)
-def synchronous():
-    """PyNative reports an operator's error at some later call unless it waits for each operator.
-
-    Even then its threads may hold a second error of the same call: it must not surface in the next test.
-    """
-    ms.set_context(pynative_synchronize=True)
+def drained():
+    """PyNative's threads may hold a second error of the same call: it must not surface in the next test."""
     yield
     try:
         _pynative_executor.sync()
     except (RuntimeError, ValueError):
         pass
-    ms.set_context(pynative_synchronize=False)
 
 
 @pytest.mark.parametrize("name", SPECS)
