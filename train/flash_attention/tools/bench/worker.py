@@ -138,7 +138,7 @@ class Desk:
         return {"error": judge.error(case, arrays, *results(), name)}
 
     def forget(self):
-        """Drop all candidates and their tensors."""
+        """Drop all candidates and their tensors; the arrays drawn last stay for the next case of the same sizes."""
         self.entries.clear()
         gc.collect()
         return {}
