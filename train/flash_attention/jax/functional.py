@@ -58,8 +58,9 @@ def flash_attention(
         is_causal: key j is visible to query i only when ``j <= i + q_offset``.
         query_seq_lengths, key_value_seq_lengths: int (B,) or int; rows from there on give 0, keys are hidden.
         local_window_size: int or (left, right) tokens around the query's position, inclusive; None = no limit.
-        implementation: None or 'auto' (best engine), 'xla' (blockwise), 'pallas' (our GPU kernels), 'cudnn' (NVIDIA),
-            'splash' (TPU) or 'reference' (plain formula, the judge).
+        implementation: None or 'auto' (best engine), 'xla' (blockwise), 'pallas' (our GPU kernels), 'mosaic' (our
+            Hopper kernels, never run on a device), 'cudnn' (NVIDIA), 'splash' (TPU) or 'reference' (plain formula, the
+            judge).
         return_residual: also return the LSE as (B, T, N), as jax.nn does.
         prev_block_num, next_block_num: visible blocks before and after the query's own block; 65536 = no limit.
         block_size: tokens in such a block; independent of the tiles that are computed.

@@ -28,7 +28,7 @@ class FlashAttention:
         alibi: add ALiBi; with no alibi_mask given, slopes of Press et al. for N heads.
         causal, local_window_size, scale: as in :func:`flash_attention.jax.flash_attention`.
         block_size: unit of the block window and of the compact mask; default the strategy's (128, 'wukong' 64).
-        engine: None or 'auto', 'xla', 'pallas', 'cudnn', 'splash', 'reference'.
+        engine: None or 'auto', 'xla', 'pallas', 'mosaic', 'cudnn', 'splash', 'reference'.
         return_lse: also return the LSE, float32 (B, N, Sq).
 
     Raises:

@@ -7,7 +7,14 @@ xla_tiles. On the CPU the same kernels are interpreted: slow, and the same resul
 from flash_attention.core.engine import Engine
 from flash_attention.core.errors import Reason
 from flash_attention.core.spec import Operands
-from flash_attention.jax.engines.pallas_sizes import DIRECTIONS, MAX_HEAD_DIM, shared_bytes, shared_limit, tiles_of
+from flash_attention.jax.engines.pallas_sizes import (
+    DIRECTIONS,
+    MAX_HEAD_DIM,
+    MOST_PROGRAMS,
+    shared_bytes,
+    shared_limit,
+    tiles_of,
+)
 from flash_attention.jax.engines.platforms import backend, compiled_or_interpreted
 from flash_attention.jax.engines.shared import (
     differentiable,
@@ -20,7 +27,6 @@ from flash_attention.jax.engines.shared import (
 
 PLATFORMS = ("cuda", "rocm")
 _DTYPES = ("float16", "bfloat16", "float32")
-_MOST_PROGRAMS = 65535  # along the second and third axis of a grid of CUDA
 
 
 def run(spec, query, key, value, operands=Operands()):
@@ -67,8 +73,8 @@ def supports(spec):
         return Reason("dtype", spec.dtype, "float16, bfloat16 or float32", remedy)
     if spec.head_dim > MAX_HEAD_DIM:
         return Reason("head_dim", spec.head_dim, "at most {}".format(MAX_HEAD_DIM), remedy)
-    if max(spec.batch, spec.heads) > _MOST_PROGRAMS:
-        return Reason("batch", spec.batch, "at most {}, as the heads".format(_MOST_PROGRAMS), remedy)
+    if max(spec.batch, spec.heads) > MOST_PROGRAMS:
+        return Reason("batch", spec.batch, "at most {}, as the heads".format(MOST_PROGRAMS), remedy)
     if backend() not in PLATFORMS + ("cpu",):
         return Reason("backend", backend(), "a GPU, or a CPU that interprets it", remedy)
     if max(shared_bytes(spec, tiles_of(spec, way), way) for way in DIRECTIONS) > shared_limit():

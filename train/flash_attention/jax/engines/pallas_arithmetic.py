@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton
 
 from flash_attention.core.spec import AttentionSpec
 from flash_attention.jax.engines.xla_tiles import EXACT, Arithmetic
@@ -42,6 +41,8 @@ def units(spec, platform):
 
 def _exp2_approx(x):
     """2**x by the special function unit; results below 2**-126 are 0."""
+    from jax.experimental.pallas import triton  # `mosaic` computes in these units too, and needs none of it
+
     like = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     (found,) = triton.elementwise_inline_asm(
         "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[like]

@@ -23,6 +23,9 @@ SHARED_LIMITS = {
 
 LEAST_SHARED = min(SHARED_LIMITS.values())
 MAX_HEAD_DIM = 256
+MOST_PROGRAMS = 65535
+"""Along the second and third axis of a grid of CUDA."""
+
 SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from flash_attention.core.ranges import query_tiles
 from flash_attention.jax.engines.pallas_arithmetic import units
@@ -208,7 +207,7 @@ def call(spec, tiles, kernel, name, grid, found, outs, span=Span()):
             grid=grid,
             name=name,
             interpret=platform == "cpu",
-            compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+            compiler_params=_triton().CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         )(arrays)
 
     return body, arrays
@@ -246,11 +245,18 @@ def _block(spec, tiles, span, shape, axes, tiled=False):
     return pl.BlockSpec(tuple(sizes), where)
 
 
+def _triton():
+    """Pallas' Triton back end, imported late: `mosaic` shares the plans above, and outlives it."""
+    from jax.experimental.pallas import triton
+
+    return triton
+
+
 def _load(ref, index, mask=None, other=None):
     """A masked load; jax 0.6 spells it otherwise, and interprets no Python ints as indices."""
     index = tuple(jnp.int32(at) if isinstance(at, int) else at for at in index)
-    if hasattr(triton, "load"):
-        return triton.load(ref.at[index], mask=mask, other=other)
+    if hasattr(_triton(), "load"):
+        return _triton().load(ref.at[index], mask=mask, other=other)
     return pl.load(ref, index, mask=mask, other=other)
 
 
@@ -258,8 +264,8 @@ def _store(ref, index, value, mask):
     """A masked store; as :func:`_load`."""
     index = tuple(jnp.int32(at) if isinstance(at, int) else at for at in index)
     value, mask = value.astype(ref.dtype), jnp.broadcast_to(mask, value.shape)
-    if hasattr(triton, "store"):
-        triton.store(ref.at[index], value, mask=mask)
+    if hasattr(_triton(), "store"):
+        _triton().store(ref.at[index], value, mask=mask)
     else:
         pl.store(ref, index, value, mask=mask)
 

@@ -86,11 +86,12 @@ def swapped(spec, x):
 
 
 def padding_cleared(spec, x, lengths):
-    """``x``, rows of queries, with zeros from each length (B,) on: padding may hold NaN, and 0 * NaN is NaN."""
+    """``x``, a tensor of heads, with zeros from each length (B,) on: padding may hold NaN, and 0 * NaN is NaN."""
     if lengths is None:
         return x
-    inside = jnp.arange(spec.q_len) < jnp.asarray(lengths)[:, None]
-    return jnp.where(jnp.expand_dims(inside, (2, 3) if spec.layout == "BSND" else (1, 3)), x, jnp.zeros_like(x))
+    rows, others = (1, (2, 3)) if spec.layout == "BSND" else (2, (1, 3))
+    inside = jnp.arange(x.shape[rows]) < jnp.asarray(lengths)[:, None]
+    return jnp.where(jnp.expand_dims(inside, others), x, jnp.zeros_like(x))
 
 
 def row_statistics(spec, out, lse, d_out, d_lse):
