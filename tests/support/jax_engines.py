@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import threading
 from dataclasses import replace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,24 @@ def compiled_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@contextlib.contextmanager
+def interpreted_fast():
+    """For Pallas' interpreters of threads: they compile a kernel once, not anew for each thread of each block."""
+    from jax._src.pallas.mosaic.interpret import thread_map
+
+    compiled, lock = {}, threading.Lock()
+
+    def run(jaxpr, consts, *args):
+        with lock:
+            if id(jaxpr) not in compiled:  # which is kept, so that no other gets its id
+                traced = jax.jit(lambda *x: jax.core.eval_jaxpr(jaxpr, *x) and None).trace(consts, *args)
+                compiled[id(jaxpr)] = jaxpr, traced.lower().compile()
+        compiled[id(jaxpr)][1](consts, *args)
+
+    with mock.patch.object(thread_map, "_run_jaxpr", run, create=True), compiled_fast():
+        yield
 
 
 class Functions:

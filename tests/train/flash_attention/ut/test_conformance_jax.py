@@ -1,15 +1,17 @@
 """Every JAX engine against the float64 reference, over the shared list of cases (tests/conformance.py)."""
 
+import contextlib
+
 import jax
 import pytest
-from support.jax_engines import JaxEngine
+from support.jax_engines import JaxEngine, interpreted_fast
 
 from conformance import check, tagged
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu, pytest.mark.env_onecard]
 BLOCKWISE = [JaxEngine("xla")]
-INTERPRETED = [JaxEngine("pallas"), JaxEngine("splash")]
-FAST = {"pallas": ("causal, Sq > Sk: dead rows", "lengths"), "splash": ("plain, bf16",)}
+INTERPRETED = [JaxEngine("pallas"), JaxEngine("splash"), JaxEngine("mosaic")]
+FAST = {"pallas": ("causal, Sq > Sk: dead rows", "lengths"), "splash": ("plain, bf16",), "mosaic": ("plain, bf16",)}
 
 
 def judged(figure, engine, case):
@@ -49,7 +51,9 @@ def test_reference_engine(case, figure):
     ],
 )
 def test_interpreted_engine(engine, case, figure):
-    judged(figure, engine, case)
+    threads = str(engine) == "mosaic" and engine.supports(case.spec) is None
+    with interpreted_fast() if threads else contextlib.nullcontext():
+        judged(figure, engine, case)
 
 
 @pytest.mark.slow

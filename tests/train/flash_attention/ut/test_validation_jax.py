@@ -50,7 +50,7 @@ def test_function(bad, jit):
 
 def test_unknown_implementation():
     x = jnp.ones((1, 8, 1, 4))
-    need = "one of 'auto', 'cudnn', 'pallas', 'xla', 'splash', 'reference'"
+    need = "one of 'auto', 'cudnn', 'pallas', 'xla', 'mosaic', 'splash', 'reference'"
     message = "For 'flash_attention', 'implementation' must be {}, but got 'triton'.".format(need)
     expect_error(ValueError, message, flash_attention, x, x, x, implementation="triton")
     message = "For 'FlashAttention', 'engine' must be {}, but got 'triton'.".format(need)
