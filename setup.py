@@ -16,10 +16,11 @@ PACKAGES = {"flash_attention": "train", "flash_attention_infer": "infer"}  # pac
 
 # JAX needs a newer Python than the rest of the package; the marker keeps `[test]` installable on Python 3.7.
 _JAX = 'jax{}>=0.6; python_version >= "3.10"'
+_ABSL = 'absl-py; python_version >= "3.10"'  # Pallas Mosaic GPU imports it, and jax does not ask for it
 EXTRAS = {
     "mindspore": ["mindspore>=2.2", "numpy<2"],  # MindSpore breaks with numpy 2 on tensor-scalar arithmetic
     "jax": [_JAX.format("")],
-    "cuda": [_JAX.format("[cuda12]")],
+    "cuda": [_JAX.format("[cuda12]"), _ABSL],
     "tpu": [_JAX.format("[tpu]")],
     "bench": ["torch==2.13.0", "matplotlib"],  # the release that the published comparisons were measured with
     "test": [
@@ -32,6 +33,7 @@ EXTRAS = {
         "vermin",
         'setuptools>=70.1; python_version >= "3.8"',  # the tests build the wheel; from here on it brings bdist_wheel
         'wheel; python_version < "3.8"',
+        _ABSL,
     ],
     "docs": ["matplotlib"],
     "flax": [_JAX.format(""), 'flax>=0.10; python_version >= "3.10"'],

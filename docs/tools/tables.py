@@ -57,6 +57,7 @@ SUPPORT = (
     ("NVIDIA GPU", ("a GPU build", "GPU 版本"), ("as MindSpore", "同 MindSpore"), "-", "`portable`", NOT_RUN),
     (("NVIDIA GPU, Google TPU", "NVIDIA GPU、Google TPU"), "-", "3.10+", "-", "JAX `xla`", NOT_RUN),
     ("NVIDIA GPU", "-", "3.10+", "-", ("JAX `cudnn`, `pallas`", "JAX `cudnn`、`pallas`"), ON_H200),
+    ("NVIDIA Hopper", "-", "3.11+", "-", ("JAX `mosaic` (jax 0.10+)", "JAX `mosaic`（jax 0.10+）"), INTERPRETED),
     ("Google TPU", "-", "3.10+", "-", "JAX `splash`", INTERPRETED),
     (("other CPUs (Arm; macOS, Windows)", "其他 CPU（Arm；macOS、Windows）"),
      ("where it has a wheel", "有 wheel 时"), "3.10+", "-",
@@ -187,6 +188,7 @@ CONSTRAINTS = {
     "aclnn": ("flash_attention.ops.aclnn.constraints", "refused"),
     "cudnn": ("flash_attention.jax.engines.cudnn", "constraints"),
     "splash": ("flash_attention.jax.engines.splash", "constraints"),
+    "mosaic": ("flash_attention.jax.engines.mosaic", "constraints"),
 }
 """Engine -> the function that says what it takes on its own device."""
 
@@ -227,6 +229,10 @@ def engine_matrix(table_module, framework, language):
     return lines
 
 
+BY_JAX = {"mosaic": ("runs with jax 0.10 or newer, and absl-py", "配合 jax 0.10 或更新版本与 absl-py 可运行")}
+"""What depends on the jax at hand: pages are the same whichever writes them."""
+
+
 def _orders(engines, plain, language):
     """Every engine in the order of preference, its note, and why it does not run here."""
     header = pick(language, ("engine", "`auto`", "note", "on a computer with only a CPU"),
@@ -236,6 +242,7 @@ def _orders(engines, plain, language):
         reason = engine.supports(plain)
         chosen = pick(language, "only by name", "仅按名字") if engine.order is None else str(place)
         state = pick(language, "runs", "可运行") if reason is None else str(reason)
+        state = pick(language, *BY_JAX[engine.name]) if engine.name in BY_JAX else state
         rows.append(("`{}`".format(engine.name), chosen, engine.note, state))
     return markdown(header, rows)
 
