@@ -520,6 +520,18 @@ def _is_stopped(pid):
 
 
 @needs_jax
+def test_a_process_of_its_own():
+    pool = measure.Pool()
+    try:
+        shared, apart = pool.get("jax"), pool.get("jax/apart")
+        assert apart is pool.get("jax/apart") and apart.process.pid != shared.process.pid
+        fields = {"case": CASES[0].to_json(), "direction": "fwd", "candidate": "naive"}
+        assert apart.ask("prepare", key="x", **fields)["first_s"] > 0
+    finally:
+        pool.close()
+
+
+@needs_jax
 @needs_proc
 def test_an_idle_worker_is_stopped_and_answers_when_asked(worker):
     assert _is_stopped(worker.process.pid)

@@ -40,7 +40,7 @@ class Worker:
     """A child process of one framework, stopped between commands."""
 
     def __init__(self, framework):
-        if not installed(framework):
+        if not installed(framework.partition("/")[0]):
             raise Failed("not installed")
         self.framework = framework
         self.log = tempfile.TemporaryFile()

@@ -24,7 +24,10 @@ FRAMEWORKS = ("jax", "mindspore", "torch", "tokamax", "ringattention", "ejkernel
 
 
 class Entry(NamedTuple):
-    """One thing to measure: ``candidate`` of ``framework`` on ``case``, called ``label`` in the tables."""
+    """One thing to measure: ``candidate`` of ``framework`` on ``case``, called ``label`` in the tables.
+
+    Those of one framework share a process; with 'framework/NAME' a candidate has another one.
+    """
 
     label: str
     framework: str

@@ -28,7 +28,8 @@ def rows_of(jobs, finished):
             row = dict(job=job.key, kind=job.kind, direction=job.direction, label=entry.label)
             row.update(framework=entry.framework, candidate=entry.candidate, case=entry.case.label(), **result)
             if "times" in result:
-                if entry.framework in FRAMEWORKS and same_pairs(entry.candidate):  # a whole model has other work
+                framework = entry.framework.partition("/")[0]
+                if framework in FRAMEWORKS and same_pairs(entry.candidate):  # a whole model has other work
                     factor = 3.5 if job.direction == "fwd+bwd" else 1.0  # the backward adds five products to two
                     row["gflops"] = entry.case.forward_flops() * factor / result["median_s"] / 1e9
                 if base.get("times"):

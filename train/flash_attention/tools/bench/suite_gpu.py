@@ -10,6 +10,7 @@ from flash_attention.tools.bench.cases import BYTES, Case
 from flash_attention.tools.bench.registry import (
     DIRECTIONS,
     Benchmark,
+    Entry,
     Job,
     at_least,
     at_most,
@@ -21,6 +22,9 @@ from flash_attention.tools.bench.registry import (
 )
 
 OURS = "pallas"
+NEXT = "mosaic"
+"""Not run on a device yet: whether `auto` takes it on Hopper rests on what it gains here."""
+
 _SCORES = Case(8, 16, 8192, 128, dtype="bfloat16")
 _CAUSAL = replace(_SCORES, causal=True)
 _DENSE = {"full": _SCORES, "causal": _CAUSAL, "causal window 1024": replace(_CAUSAL, window=(1024, 0))}
@@ -40,13 +44,18 @@ _DECODE = Case(32, 32, 1, 128, dtype="bfloat16", kv_heads=8, kv_len=32768)
 PEERS = ("jax.nn", "jax.nn cudnn", "tokamax", "ejkernel")
 
 
+def _next(case):
+    """The entry of :data:`NEXT`, in a process of its own: what fails there must not take the others' device along."""
+    return (Entry(NEXT, "jax/" + NEXT, NEXT, case),)
+
+
 def _jobs():
     jobs = []
     for key, case in _DENSE.items():
-        compared = beside(case, (OURS, "auto", "cudnn"), ("tokamax", "torch"))
+        compared = beside(case, (OURS, "auto", "cudnn"), ("tokamax", "torch")) + _next(case)
         jobs += [Job(key, way, compared, base="cudnn") for way in DIRECTIONS]
     for key, case in _PLANS.items():
-        jobs += [Job(key, way, beside(case, (OURS,), PEERS), base=OURS) for way in DIRECTIONS]
+        jobs += [Job(key, way, beside(case, (OURS,), PEERS) + _next(case), base=OURS) for way in DIRECTIONS]
     jobs += [Job(_PLAIN_OF_PLANS, way, beside(_FEWER_CAUSAL, (OURS,), ()), base=OURS) for way in DIRECTIONS]
     for key, case in (("float32", _FLOAT32), ("short", _SHORT)):
         jobs += [Job(key, way, beside(case, ("auto", OURS, "xla"), ("jax.nn",)), base="auto") for way in DIRECTIONS]
@@ -69,6 +78,10 @@ def _figures(results, found):
         for way in DIRECTIONS:
             gains = [results.ratio(key, way, name, OURS) for name in PEERS]
             figures.append(at_least("gpu {} {}: gain over the best peer".format(key, way), worst(gains, min), 3.0))
+    for key in (*_DENSE, *_PLANS):
+        for way in DIRECTIONS:
+            name = "gpu {} {}: {}, time / that of {}".format(key, way, NEXT, OURS)
+            figures.append(said(name, results.ratio(key, way, NEXT, OURS), "x"))
     for key in ("float32", "short"):
         for way in DIRECTIONS:
             figures.append(

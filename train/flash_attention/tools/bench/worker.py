@@ -100,7 +100,7 @@ class Desk:
     """The candidates at hand, by key, and the commands."""
 
     def __init__(self, framework):
-        self.module = importlib.import_module("flash_attention.tools.bench." + MODULES[framework])
+        self.module = importlib.import_module("flash_attention.tools.bench." + MODULES[framework.partition("/")[0]])
         self.entries = {}
 
     def module_of(self, candidate):
