@@ -49,14 +49,11 @@ def test_half_precision(kind, dtype):
     InMindSpore().check_plan(case, 25, InMindSpore.speculative(25), lookahead=4)
 
 
-class Scattered(InMindSpore):
-    """PyNative with MindSpore's own operators, as on devices and where ``asnumpy`` copies."""
-
-
 @fast(1)
 def test_scattered(case, monkeypatch):
+    """PyNative with MindSpore's own operators, as on devices and where `asnumpy` copies."""
     monkeypatch.setattr(storage, "in_host_memory", lambda: False)
-    Scattered().check_plan(case, 15, Scattered.one_by_one(15, first=13))
+    InMindSpore().check_plan(case, 15, InMindSpore.one_by_one(15, first=13))
 
 
 def test_a_sequence_that_changes_modes():
