@@ -40,30 +40,31 @@ class CachedModel(cached.CachedModel):
     """
 
     def __init__(self, model, cache, engine=None, any_version=False):
-        served = _served(model)
-        check_version(LAYER, importlib.import_module("mindformers"), served.tested, any_version)
-        for name in served.whole:
-            if getattr(model.config, name, False):
-                raise Reason(name, "True", "False", "Build the model with {}=False.".format(name)).error(LAYER)
-        if not model.config.use_flash_attention:
-            remedy = "Build the model with use_flash_attention=True."
-            raise Reason("use_flash_attention", "False", "True", remedy).error(LAYER)
+        adapter = _adapter_of(model)
+        check_version(LAYER, importlib.import_module("mindformers"), adapter.tested, any_version)
+        for name, needed in adapter.needs.items():
+            got = bool(getattr(model.config, name, False))
+            if got is not needed:
+                raise Reason(name, str(got), str(needed), "Build the model with {}={}.".format(name, needed)).error(
+                    LAYER
+                )
         super().__init__(LAYER, model, cache, engine, model.config.num_layers)
-        self._served = served(model)
+        self._adapter = adapter(model)
 
     def patch(self, patches):
         """The ``construct`` of each layer's flash attention, and of what depends on positions."""
-        self._served.patch(patches, self.attend)
+        self._adapter.patch(patches, self.attend)
 
     def logits(self, tokens, positions, last):
         """The model's layers and head, without its labels."""
-        return self._served.logits(tokens, positions, last)
+        return self._adapter.logits(tokens, positions, last)
 
 
 class _Llama:
     """``LlamaForCausalLM``: its rotary angles become those of the tokens' positions."""
 
-    tested, whole = ("1.9.0",), ("use_past", "use_ring_attention")
+    tested = ("1.9.0",)
+    needs = {"use_flash_attention": True, "use_past": False, "use_ring_attention": False}
 
     def __init__(self, model):
         self.model, self.angles = model, None
@@ -93,7 +94,7 @@ class _Llama:
 class _Bloom:
     """``BloomLMHeadModel``: its layers, built for one length, take a step's; ALiBi comes from the slopes."""
 
-    tested, whole = ("1.3.2",), ("use_past",)
+    tested, needs = ("1.3.2",), {"use_flash_attention": True, "use_past": False}
 
     def __init__(self, model):
         self.model = model
@@ -125,13 +126,13 @@ def _last_of(hidden, last):
     return ops.gather(hidden.reshape((-1, hidden.shape[-1])), last, 0)
 
 
-_SERVED = {"LlamaForCausalLM": _Llama, "BloomLMHeadModel": _Bloom}
+_ADAPTERS = {"LlamaForCausalLM": _Llama, "BloomLMHeadModel": _Bloom}
 
 
-def _served(model):
-    """How :class:`CachedModel` serves ``model``."""
+def _adapter_of(model):
+    """The class through which :class:`CachedModel` serves ``model``."""
     for base in type(model).__mro__:
-        if base.__name__ in _SERVED and base.__module__.startswith("mindformers."):
-            return _SERVED[base.__name__]
+        if base.__name__ in _ADAPTERS and base.__module__.startswith("mindformers."):
+            return _ADAPTERS[base.__name__]
     remedy = "Other models of the library are not served."
-    raise Reason("model", "a " + type(model).__name__, "one of " + ", ".join(_SERVED), remedy).error(LAYER)
+    raise Reason("model", "a " + type(model).__name__, "one of " + ", ".join(_ADAPTERS), remedy).error(LAYER)

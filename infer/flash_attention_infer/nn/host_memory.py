@@ -33,10 +33,11 @@ def write(pools, slots, tokens):
     """Put ``tokens``, one Tensor (B, T, ...) a pool, at ``slots`` (B, T) of the pools; slot -1 is not written."""
     slots = slots.asnumpy().reshape(-1)
     there = slots >= 0
+    places = slots[there]
     for pool, new in zip(pools, tokens):
         held = pool.asnumpy()
         rows = held.reshape((-1,) + held.shape[2:])
-        rows[slots[there]] = new.asnumpy().reshape((-1,) + rows.shape[1:])[there]
+        rows[places] = new.asnumpy().reshape((-1,) + rows.shape[1:])[there]
 
 
 @constexpr(check=False)

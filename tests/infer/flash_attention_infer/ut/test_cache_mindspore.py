@@ -8,9 +8,11 @@ from support.cached import ALL, FAST, Case, cases, fast, full
 from support.cached_mindspore import InMindSpore
 
 from flash_attention.ops import flash_attention
+from flash_attention.ops.functional import on_cpu
 from flash_attention_infer.nn import KVCache, host_memory, storage
 
 pytestmark = [pytest.mark.level0, pytest.mark.platform_x86_cpu, pytest.mark.platform_arm_ascend_training]
+of_the_cpu = pytest.mark.skipif(not on_cpu(), reason="pools lie in host memory on the CPU alone")
 
 
 class TestPynative(InMindSpore):
@@ -71,11 +73,13 @@ def test_a_sequence_that_changes_modes():
 
 @pytest.fixture
 def queued():
+    before = ms.get_context("pynative_synchronize")
     ms.set_context(pynative_synchronize=False)
     yield
-    ms.set_context(pynative_synchronize=True)
+    ms.set_context(pynative_synchronize=before)
 
 
+@of_the_cpu
 def test_queued_readers_see_the_pool_as_it_was(queued):
     pool = Parameter(Tensor(np.zeros((64, 64, 64), np.float32)), requires_grad=False)
     busy = x = Tensor(np.full((512, 512), 1 / 512, np.float32))
@@ -87,6 +91,7 @@ def test_queued_readers_see_the_pool_as_it_was(queued):
     assert not read.asnumpy().any() and pool.asnumpy().all()
 
 
+@of_the_cpu
 def test_pools_that_a_graph_cannot_write_to(monkeypatch):
     monkeypatch.setattr(storage, "LARGEST_SCATTERED", 2**10)
     case, graph = FAST[0], InGraph()
