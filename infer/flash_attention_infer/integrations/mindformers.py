@@ -45,9 +45,8 @@ class CachedModel(cached.CachedModel):
         for name, needed in adapter.needs.items():
             got = bool(getattr(model.config, name, False))
             if got is not needed:
-                raise Reason(name, str(got), str(needed), "Build the model with {}={}.".format(name, needed)).error(
-                    LAYER
-                )
+                remedy = "Build the model with {}={}.".format(name, needed)
+                raise Reason(name, str(got), str(needed), remedy).error(LAYER)
         super().__init__(LAYER, model, cache, engine, model.config.num_layers)
         self._adapter = adapter(model)
 
