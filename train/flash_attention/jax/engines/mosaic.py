@@ -15,14 +15,7 @@ from flash_attention.core.spec import Operands
 from flash_attention.jax.engines import cudnn, pallas_sizes
 from flash_attention.jax.engines import mosaic_sizes as sizes
 from flash_attention.jax.engines.platforms import backend
-from flash_attention.jax.engines.shared import (
-    differentiable,
-    padding_cleared,
-    per_example,
-    row_statistics,
-    sink_gradient,
-    slope_gradient,
-)
+from flash_attention.jax.engines.shared import differentiable, gradients_by_kernels, per_example
 
 PLATFORM = "cuda"
 CAPABILITY = "9.0"
@@ -54,16 +47,10 @@ def forward_pass(spec, query, key, value, operands):
 def backward_pass(spec, saved, cotangents):
     from flash_attention.jax.engines.mosaic_backward import key_gradients, query_gradient
 
-    query, key, value, operands, out, lse = saved
-    d_out, d_lse = cotangents
-    d_out = padding_cleared(spec, d_out, operands.q_lengths)
-    lse, delta = row_statistics(spec, out, lse, d_out, d_lse)
-    inputs = spec, operations(), query, key, value, operands, d_out, lse, delta
-    d_query, *d_slopes = query_gradient(*inputs)
-    d_key, d_value = key_gradients(*inputs)
-    d_slopes = slope_gradient(operands.slopes, d_slopes[0]) if d_slopes else None
-    d_sinks = sink_gradient(operands.sinks, lse, delta) if spec.sinks else None
-    return d_query, d_key, d_value, None, d_slopes, d_sinks
+    def run_kernel(kernel):
+        return lambda spec, *inputs: kernel(spec, operations(), *inputs)
+
+    return gradients_by_kernels(spec, saved, cotangents, *map(run_kernel, (query_gradient, key_gradients)))
 
 
 _attention = differentiable(forward_pass, backward_pass)

@@ -74,11 +74,7 @@ def _query_kernel(program, outs, resident, arrived, row, rings):
     spec, ops = program.spec, program.ops
 
     def compute():
-        q, d_o = (x.at[program.warpgroup] for x in resident)
-        own = program.head, program.start, program.own
-        barrier = arrived.at[program.warpgroup]
-        for name, buffer in (("query", q), ("d_out", d_o)):
-            plgpu.copy_gmem_to_smem(program.heads(name, *own), buffer, barrier)
+        (q, d_o), barrier = tiling.fetch(program, ("query", "d_out"), resident, arrived)
         rows = tiling.Rows(program, program.start, program.own, ROW, program.head, held=True)
         lse, delta = (program.vector(name, program.start, program.own, program.head) for name in ("lse", "delta"))
         plgpu.barrier_wait(barrier)
@@ -103,7 +99,7 @@ def _query_kernel(program, outs, resident, arrived, row, rings):
         if len(outs) > 1:
             row[program.warpgroup] = d_slope
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q, program.heads(outs[0], *own))
+        plgpu.copy_smem_to_gmem(q, program.heads(outs[0], *program.place))
         if len(outs) > 1:
             part = pl.ds(program.start, program.own)
             plgpu.copy_smem_to_gmem(row.at[program.warpgroup], outs[1].at[program.batch, program.head, part])
@@ -126,11 +122,7 @@ def _key_kernel(program, outs, resident, arrived, row, rings):
         return lax.fori_loop(0, spec.group, of_head, carry) if spec.group > 1 else of_head(0, carry)
 
     def compute():
-        k, v = (x.at[program.warpgroup] for x in resident)
-        own = program.head, program.start, program.own
-        barrier = arrived.at[program.warpgroup]
-        for name, buffer in (("key", k), ("value", v)):
-            plgpu.copy_gmem_to_smem(program.heads(name, *own), buffer, barrier)
+        (k, v), barrier = tiling.fetch(program, ("key", "value"), resident, arrived)
         plgpu.barrier_wait(barrier)
 
         def visit(n, tile, edge, carry, head):
@@ -154,7 +146,7 @@ def _key_kernel(program, outs, resident, arrived, row, rings):
         for buffer, grad, out in ((k, d_k * spec.scale, outs[0]), (v, d_v, outs[1])):
             buffer[...] = grad.astype(buffer.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(buffer, program.heads(out, *own))
+            plgpu.copy_smem_to_gmem(buffer, program.heads(out, *program.place))
         plgpu.wait_smem_to_gmem(0)
 
     def copy():

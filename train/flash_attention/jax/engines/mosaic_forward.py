@@ -37,9 +37,8 @@ def _kernel(program, outs, resident, arrived, row, rings):
     spec = program.spec
 
     def compute():
-        q, row_of = resident[0].at[program.warpgroup], row.at[program.warpgroup]
-        barrier, own = arrived.at[program.warpgroup], (program.head, program.start, program.own)
-        plgpu.copy_gmem_to_smem(program.heads("query", *own), q, barrier)
+        (q,), barrier = tiling.fetch(program, ("query",), resident, arrived)
+        row_of = row.at[program.warpgroup]
         rows = tiling.Rows(program, program.start, program.own, ROW, program.head, held=True)
         plgpu.barrier_wait(barrier)
 
@@ -50,7 +49,7 @@ def _kernel(program, outs, resident, arrived, row, rings):
         q[...] = out.astype(q.dtype)
         row_of[...] = lse
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q, program.heads(outs[0], *own))
+        plgpu.copy_smem_to_gmem(q, program.heads(outs[0], *program.place))
         part = pl.ds(program.start, program.own)
         plgpu.copy_smem_to_gmem(row_of, outs[1].at[program.batch, program.head, part])
         plgpu.wait_smem_to_gmem(0)

@@ -77,7 +77,7 @@ class Program:
     Attributes:
         spec: the call; units: how the kernel computes, :class:`pallas_arithmetic.Units`.
         tile, head, batch: index of the resident tile, of its head (of keys for dK and dV) and batch row.
-        own: rows of the resident tile that a warpgroup owns; start: the first of them.
+        own: rows of the resident tile that a warpgroup owns; start: the first of them; place: head, start and own.
     """
 
     def __init__(self, spec, tiles, ops, direction, refs):
@@ -87,6 +87,7 @@ class Program:
         resident, self.streamed = sizes.sides(tiles, direction)
         self.own = resident // sizes.WARPGROUPS
         self.start = self.tile * resident + self.warpgroup * self.own
+        self.place = self.head, self.start, self.own
 
     def __contains__(self, name):
         return name in self.refs
@@ -240,6 +241,14 @@ def call(spec, ops, tiles, direction, kernel, name, grid, found, outs):
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         **ops.options,
     )(found)
+
+
+def fetch(program, names, resident, arrived):
+    """Start copying what a warpgroup owns of the operands ``names``: ``(its buffers, the barrier to wait at)``."""
+    buffers, barrier = [buffer.at[program.warpgroup] for buffer in resident], arrived.at[program.warpgroup]
+    for name, buffer in zip(names, buffers):
+        plgpu.copy_gmem_to_smem(program.heads(name, *program.place), buffer, barrier)
+    return buffers, barrier
 
 
 def by_role(program, compute, copy):

@@ -16,14 +16,7 @@ from flash_attention.jax.engines.pallas_sizes import (
     tiles_of,
 )
 from flash_attention.jax.engines.platforms import backend, compiled_or_interpreted
-from flash_attention.jax.engines.shared import (
-    differentiable,
-    padding_cleared,
-    per_example,
-    row_statistics,
-    sink_gradient,
-    slope_gradient,
-)
+from flash_attention.jax.engines.shared import differentiable, gradients_by_kernels, per_example
 
 PLATFORMS = ("cuda", "rocm")
 _DTYPES = ("float16", "bfloat16", "float32")
@@ -47,20 +40,12 @@ def backward_pass(spec, saved, cotangents):
     from flash_attention.jax.engines.pallas_backward import key_gradients, query_gradient
     from flash_attention.jax.engines.pallas_bias import bias_gradient
 
-    query, key, value, operands, out, lse = saved
-    d_out, d_lse = cotangents
-    d_out = padding_cleared(spec, d_out, operands.q_lengths)
-    lse, delta = row_statistics(spec, out, lse, d_out, d_lse)
-    inputs = spec, query, key, value, operands, d_out, lse, delta
-    d_query, *d_slopes = compiled_or_interpreted(PLATFORMS, *query_gradient(*inputs))
-    d_key, d_value = compiled_or_interpreted(PLATFORMS, *key_gradients(*inputs))
-    d_slopes = slope_gradient(operands.slopes, d_slopes[0]) if d_slopes else None
-    d_sinks = sink_gradient(operands.sinks, lse, delta) if spec.sinks else None
-    d_bias = None
-    if spec.bias_shape is not None:  # a kernel of its own, which the compiler drops where the bias is a constant
-        (d_bias,) = compiled_or_interpreted(PLATFORMS, *bias_gradient(*inputs))
-        d_bias = d_bias.astype(operands.bias.dtype)
-    return d_query, d_key, d_value, d_bias, d_slopes, d_sinks
+    def run_kernel(kernel):
+        return lambda *inputs: compiled_or_interpreted(PLATFORMS, *kernel(*inputs))
+
+    return gradients_by_kernels(
+        spec, saved, cotangents, *map(run_kernel, (query_gradient, key_gradients, bias_gradient))
+    )
 
 
 _attention = differentiable(forward_pass, backward_pass)

@@ -40,6 +40,30 @@ def differentiable(forward_pass, backward_pass):
     return attention
 
 
+def gradients_by_kernels(spec, saved, cotangents, query_gradient, key_gradients, bias_gradient=None):
+    """What a ``backward_pass`` of :func:`differentiable` returns, from kernels that recompute the probabilities.
+
+    Args:
+        query_gradient, key_gradients, bias_gradient: functions of ``(spec, query, key, value, operands, d_out, lse,
+            delta)``, see :func:`row_statistics`, that give lists: dQ and, with ALiBi, the slopes' rows; dK and dV; the
+            gradient of the bias (None: the engine takes no bias).
+    """
+    query, key, value, operands, out, lse = saved
+    d_out, d_lse = cotangents
+    d_out = padding_cleared(spec, d_out, operands.q_lengths)
+    lse, delta = row_statistics(spec, out, lse, d_out, d_lse)
+    inputs = spec, query, key, value, operands, d_out, lse, delta
+    d_query, *d_slopes = query_gradient(*inputs)
+    d_key, d_value = key_gradients(*inputs)
+    d_slopes = slope_gradient(operands.slopes, d_slopes[0]) if d_slopes else None
+    d_sinks = sink_gradient(operands.sinks, lse, delta) if spec.sinks else None
+    d_bias = None
+    if spec.bias_shape is not None:  # a kernel of its own, which the compiler drops where the bias is a constant
+        (d_bias,) = bias_gradient(*inputs)
+        d_bias = d_bias.astype(operands.bias.dtype)
+    return d_query, d_key, d_value, d_bias, d_slopes, d_sinks
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def lse_of(run, spec, query, key, value, operands):
     """The LSE alone, by an engine's ``run``, for engines whose kernel gives none.
